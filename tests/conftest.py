@@ -1,0 +1,21 @@
+"""What every test shares: a base directory of its own, and one torch thread a worker."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or writes the user's own models."""
+    path = tmp_path / "base"
+    monkeypatch.setenv("VIBECHAT_BASE_DIR", str(path))
+    return path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
