@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 def get_base_dir() -> str:
-    """The directory under which data, tokenizer, checkpoints and runs are kept: `$VIBECHAT_BASE_DIR`, created if missing.
+    """The directory that holds data, tokenizer, checkpoints and runs: `$VIBECHAT_BASE_DIR`, created if missing.
 
     Raises UserError if it cannot be created.
     """
@@ -42,7 +42,7 @@ def get_base_dir() -> str:
 
 
 def get_dist_info() -> tuple[bool, int, int, int]:
-    """(ddp, rank, local_rank, world_size) as torchrun's environment variables say; (False, 0, 0, 1) without torchrun."""
+    """(ddp, rank, local_rank, world_size) from torchrun's environment; (False, 0, 0, 1) without it."""
     if "RANK" not in os.environ:
         return False, 0, 0, 1
     try:
@@ -69,9 +69,7 @@ def compute_init(device_type: str = "") -> tuple[bool, int, int, int, torch.devi
     """
     ddp, rank, local_rank, world_size = get_dist_info()
     if world_size > 1:
-        raise UserError(
-            f"{world_size} ranks were started, but training on more than one is not supported yet: use --nproc_per_node=1"
-        )
+        raise UserError(f"{world_size} ranks were started, but only one is supported so far: use --nproc_per_node=1")
     device_type = device_type or autodetect_device_type()
     if device_type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no CUDA device; run `vibechat doctor`, or use --device cpu")
