@@ -1,0 +1,106 @@
+"""What a run leaves behind and shows: each step once whatever happened, and every number where it was promised."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vibechat.common import UserError
+from vibechat.run_directory import Display, RunDirectory, environment, new_run_name
+
+RECORD = {
+    "train/loss": 2.123456,
+    "train/grad_norm": 0.5,
+    "train/lr_multiplier": 1.0,
+    "train/tok_per_sec": 11702.0,
+    "train/mfu": 0.251,
+    "train/data_wait": 0.012,
+    "train/step_seconds": 0.35,
+}
+
+
+def lines(run: RunDirectory) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_one_object_a_line_and_there_at_once(base_dir: Path) -> None:
+    with RunDirectory.create("d4") as run:
+        assert run.path == base_dir / "runs" / "d4"
+        for step in range(3):
+            run.append({"step": step, "train/loss": 1 / 3})
+            assert lines(run)[-1] == {"step": step, "train/loss": 1 / 3}  # in full precision
+        run.sync()
+
+
+def test_a_name_that_is_taken_gets_a_number() -> None:
+    assert [RunDirectory.create("a").run_id for _ in range(3)] == ["a", "a-2", "a-3"]
+    for name in ("../a", "", "a/b"):
+        with pytest.raises(UserError, match="run name"):
+            RunDirectory.create(name)
+    assert RunDirectory.create(new_run_name("d4")).run_id.startswith("d4_2")
+
+
+def test_a_continued_run_drops_what_lies_past_its_checkpoint() -> None:
+    with RunDirectory.create("a") as run:
+        for step in range(6):
+            run.append({"step": step})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "train/lo')  # cut short by a kill
+    with RunDirectory.reopen("a", 4) as again:
+        again.append({"step": 4})
+        assert again.path == run.path
+    assert lines(run) == [{"step": step} for step in range(5)]
+    assert sorted(p.name for p in run.path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_run_that_was_tidied_away_can_be_continued() -> None:
+    with RunDirectory.reopen("gone", 4) as run:
+        run.append({"step": 4})
+    assert lines(run) == [{"step": 4}]
+
+
+def test_environment_says_what_a_number_depends_on() -> None:
+    found = json.loads(json.dumps(environment(torch.device("cpu"), ["train.py", "--depth", "4"])))
+    assert found["command"] == ["train.py", "--depth", "4"]
+    assert found["torch"] == torch.__version__
+    assert found["device"].startswith("cpu: ")
+    assert {"commit", "dirty", "python", "vibechat", "threads", "compute_dtype", "platform"} <= found.keys()
+
+
+def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(1000)
+    for step in (0, 1):
+        display.step({"step": step, **RECORD})
+    display.say("val bpb [bold]")
+    display.step({"step": 2, "val/bpb": 1.5})  # not a training step
+    display.close()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == (
+        "step 0001/1000 | loss 2.1235 | norm 0.500 | lr x1.000 | 350 ms | 11,702 tok/s | mfu 25.1% | data 1.2%"
+    )
+    assert out[1].endswith("| eta 0:05:49")  # 998 steps of 0.35 s
+    assert out[2:] == ["val bpb [bold]"]
+
+
+def test_a_terminal_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        display = Display(2)
+        for step in (0, 1):
+            display.step({"step": step, **RECORD})
+            display.say(f"line {step} [bold]")
+        display.close()
+        terminal.flush()
+        shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "2/2" in shown
+    assert "11,702 tok/s" in shown
+    assert "line 0 [bold]" in shown
+    assert "\x1b[2K" in shown  # it redraws its line instead of filling the screen
