@@ -54,7 +54,7 @@ def get_dist_info() -> tuple[bool, int, int, int]:
     return True, rank, local_rank, world_size
 
 
-def compute_init(device_type: str = "") -> tuple[bool, int, int, int, torch.device]:
+def compute_init(*, device_type: str = "") -> tuple[bool, int, int, int, torch.device]:
     """Choose the device, seed every generator with 42 and set matmul precision; refuse what cannot train correctly.
 
     Args:
