@@ -4,29 +4,32 @@ SHELL := /bin/bash
 DEPTH ?= 4
 ARGS ?=
 
-# uv, from the path or installed by pip into .uv/ (an environment of its own, so that no system Python is touched).
-UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+# uv, from the path (if it runs: a shim may not) or put by pip into .uv/, so that no system Python is touched.
+UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
 RUN := $(UV) run --no-sync
+export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .PHONY: help setup demo test check format train bench doctor clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "vibechat: a ChatGPT-like language model from nothing. First: make demo"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 .uv/bin/uv:
-	@python3 -m venv .uv && .uv/bin/pip install --quiet uv || { echo "error: could not install uv; install it (pip install uv) and try again" >&2; exit 2; }
+	@echo "uv is not installed: fetching it into .uv/ with pip"
+	@python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --target .uv uv || { echo "error: pip could not fetch uv: install uv yourself (docs.astral.sh/uv), then run make again" >&2; exit 2; }
 
 .venv/.ready: $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) pyproject.toml rustbpe/Cargo.toml $(wildcard rustbpe/src/*.rs)
-	@command -v cargo >/dev/null || { echo "error: Rust is missing (cargo not found): install it from rustup.rs or your distribution, then run make again" >&2; exit 2; }
+	@command -v cargo >/dev/null || { echo "error: Rust is missing (cargo not found): install it from rustup.rs or with your package manager, then run make again" >&2; exit 2; }
 	$(UV) sync
 	@touch $@
 
-setup: .venv/.ready ## create .venv and install everything, the Rust tokenizer included
+setup: .venv/.ready ## install everything into .venv, and build the Rust tokenizer
 
-demo: setup ## train a small GPT on text that this machine already has; under ten minutes, no network
+demo: setup ## train a small GPT on text that this machine has: minutes, no GPU, no network
 	$(RUN) python scripts/train.py --demo $(ARGS)
 
-train: setup ## train: make train DEPTH=12 ARGS='--data "my/*.txt"'
+train: setup ## train on your terms: make train DEPTH=12 ARGS='--data "my/*.txt"'
 	$(RUN) python scripts/train.py --depth $(DEPTH) $(ARGS)
 
 test: setup ## run every test
@@ -44,12 +47,12 @@ format: setup ## let ruff and cargo fmt rewrite the tree
 	$(RUN) ruff format .
 	@cargo fmt --manifest-path rustbpe/Cargo.toml
 
-bench: setup ## run the benchmarks
+bench: setup ## measure: tokens/s, MFU, and the plain compiled baseline beside it
 	$(RUN) python -m bench.mfu --depth $(DEPTH) $(ARGS)
 
 doctor: setup ## say what this machine has and what is wrong
 	$(RUN) vibechat doctor
 
-clean: ## remove what was built and cached here (not the base directory with your models)
+clean: ## remove what was built and cached here; your models stay
 	rm -rf .venv .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks dist build rustbpe/target vibechat/_rustbpe*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
