@@ -22,7 +22,7 @@ import torch
 
 from vibechat.common import UserError, get_base_dir, print0
 from vibechat.tokenizer_base import SPECIAL_TOKENS, Tokenizer
-from vibechat.tokenizer_files import ranks_as_text, read_config, read_ranks, write_files
+from vibechat.tokenizer_files import REMEDY, ranks_as_text, read_config, read_ranks, write_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -143,7 +143,10 @@ class RustBPETokenizer(Tokenizer):
         tokens = read_ranks(Path(tokenizer_dir) / RANKS_FILE, config["ranks_sha256"])
         if min(config["special_tokens"].values(), default=len(tokens)) < len(tokens):
             raise UserError(f"{tokenizer_dir}: the special tokens of {CONFIG_FILE} do not come after {RANKS_FILE}")
-        return cls(tokens, config["special_tokens"], config["pattern"])
+        tokenizer = cls(tokens, config["special_tokens"], config["pattern"])
+        if tokenizer.fingerprint() != config["fingerprint"]:
+            raise UserError(f"{tokenizer_dir}/{CONFIG_FILE} is corrupt (not what its fingerprint says): {REMEDY}")
+        return tokenizer
 
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> "RustBPETokenizer":
@@ -218,6 +221,7 @@ class RustBPETokenizer(Tokenizer):
             "pattern": self.pattern,
             "special_tokens": self._special_tokens,
             "ranks_sha256": hashlib.sha256(ranks).hexdigest(),
+            "fingerprint": self.fingerprint(),
         }
         config_text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         write_files(Path(tokenizer_dir), {RANKS_FILE: ranks, CONFIG_FILE: config_text.encode()})

@@ -1,7 +1,7 @@
 """A tokenizer's data files: written whole or not at all, verified when read.
 
 Ranks are in tiktoken's own format: a token a line, as base64, a space and its rank. A JSON file beside them holds the
-rest, and the SHA-256 of the ranks, so that a damaged file is refused by name and never decodes to something else.
+rest, the SHA-256 of the ranks and a fingerprint of the whole, so that a damaged file is refused by name.
 """
 
 import base64
@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 
 from vibechat.common import UserError
+
+REMEDY = "restore it from a copy, or train again with `vibechat tok_train`"
 
 
 def ranks_as_text(tokens: list[bytes]) -> bytes:
@@ -28,7 +30,7 @@ def read_ranks(path: Path, sha256: str) -> list[bytes]:
     """
     data = _read(path)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} is corrupt (its SHA-256 is not the recorded one): {_REMEDY}")
+        raise UserError(f"{path} is corrupt (its SHA-256 is not the recorded one): {REMEDY}")
     tokens: list[bytes] = []
     for number, line in enumerate(data.splitlines()):
         try:
@@ -37,9 +39,9 @@ def read_ranks(path: Path, sha256: str) -> list[bytes]:
             if int(rank) != number:
                 raise ValueError("ranks are not 0, 1, 2, ...")
         except (ValueError, binascii.Error) as error:
-            raise UserError(f"{path}, line {number + 1}: {error}: {_REMEDY}") from error
+            raise UserError(f"{path}, line {number + 1}: {error}: {REMEDY}") from error
     if len(set(tokens)) != len(tokens) or not set(tokens) >= {bytes([byte]) for byte in range(256)}:
-        raise UserError(f"{path}: a token stands twice, or one of the 256 bytes is missing: {_REMEDY}")
+        raise UserError(f"{path}: a token stands twice, or one of the 256 bytes is missing: {REMEDY}")
     return tokens
 
 
@@ -50,7 +52,7 @@ def read_config(path: Path) -> dict:
     data = _read(path)
     try:
         config = json.loads(data)
-        fields = {"pattern": str, "special_tokens": dict, "ranks_sha256": str, "version": int}
+        fields = {"pattern": str, "special_tokens": dict, "ranks_sha256": str, "fingerprint": str, "version": int}
         for field, kind in fields.items():
             if not isinstance(config[field], kind):
                 raise TypeError(f"{field} is no {kind.__name__}")
@@ -59,20 +61,17 @@ def read_config(path: Path) -> dict:
         if len(set(config["special_tokens"].values())) != len(config["special_tokens"]):
             raise ValueError("two special tokens have the same id")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is corrupt ({error!r}): {_REMEDY}") from error
+        raise UserError(f"{path} is corrupt ({error!r}): {REMEDY}") from error
     if config["version"] != 1:
         raise UserError(f"{path} has version {config['version']}, but this vibechat reads only version 1: update it")
     return config
-
-
-_REMEDY = "restore it from a copy, or train again with `vibechat tok_train`"
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}: {_REMEDY}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}: {REMEDY}") from error
 
 
 def write_files(directory: Path, files: dict[str, bytes]) -> None:
