@@ -318,6 +318,7 @@ def test_help_names_every_flag_with_its_text_and_default(
         assert all(word in page for word in flag.help.split())
     assert "(default: builtin)" in page
     assert "(default: on)" in page
+    assert "(default: 20)" in page
     assert "(default: off)" in page
     assert "(default: None)" not in page
     assert all(line == line.rstrip() for line in page.splitlines())

@@ -275,7 +275,7 @@ def test_the_report_of_this_machine(base_dir: Path, monkeypatch: pytest.MonkeyPa
 def test_markdown_of_values() -> None:
     table = markdown([{"a": 1234, "b": 12345, "c": 0.00001234, "d": 1.23456, "e": True, "f": None, "g": [1, 2]}])
     cells = [line.split(" | ")[1].rstrip(" |") for line in table.splitlines()[2:]]
-    assert cells == ["1234", "12,345", "1.234e-05", "1.2346", "yes", "", "[1, 2]"]
+    assert cells == ["1234", "12,345", "1.234e-05", "1.2346", "yes", "", "1 2"]
     assert markdown([{}, ""]) == ""
 
 

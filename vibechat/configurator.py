@@ -201,6 +201,15 @@ class Flag:
         return "|".join([*names, *self.choices])
 
     @property
+    def default_text(self) -> str:
+        """The default as a person would say it; empty where there is nothing to say."""
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        if isinstance(self.default, float):
+            return f"{self.default:g}"
+        return "" if self.default is None else str(self.default)
+
+    @property
     def expectation(self) -> str:
         """What a value must be, in words."""
         words = [TYPE_NAMES.get(a, ("", getattr(a, "__name__", str(a))))[1] for a in self.alternatives if _is_plain(a)]
@@ -389,8 +398,4 @@ def _help_right(flag: Flag) -> str:
     text = flag.help
     if len(flag.metavar) > WIDEST_METAVAR:
         text += ("; " if text else "") + "one of " + ", ".join(flag.choices)
-    default = flag.default
-    if default is None or default == "":
-        return text
-    shown = ("on" if default else "off") if isinstance(default, bool) else str(default)
-    return f"{text} (default:\N{NO-BREAK SPACE}{shown})".lstrip()
+    return f"{text} (default:\N{NO-BREAK SPACE}{flag.default_text})".lstrip() if flag.default_text else text

@@ -414,6 +414,8 @@ def _cell(value: Any) -> str:
         text = f"{value:,}" if abs(value) >= 10_000 else str(value)
     elif isinstance(value, float):
         text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+    elif isinstance(value, list | tuple):
+        text = " ".join(map(str, value))
     else:
         text = str(value)
     return text.replace("|", "\\|").replace("\r", " ").replace("\n", "<br>")

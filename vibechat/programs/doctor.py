@@ -280,7 +280,7 @@ def _tokenizer(exam: Examination, directory: Path) -> str:
     if not directory.is_dir():
         return "none yet: the first training makes one"
     try:
-        tokenizer = importlib.import_module("vibechat.tokenizer").get_tokenizer(str(directory))
+        tokenizer = importlib.import_module("vibechat.tokenizer").get_tokenizer(directory=str(directory))
         return f"{tokenizer.get_vocab_size():,} tokens"
     except Exception as error:
         exam.find(
