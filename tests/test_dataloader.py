@@ -29,7 +29,7 @@ class FakeGroup:
 
 
 class FakeSource:
-    """Documents in memory. Text is one character a token: document d has the characters that stand for its own tokens."""
+    """Documents in memory, in row groups; a character is a token."""
 
     def __init__(self, groups: list[list[str]], fingerprint: str = "data") -> None:
         self.fingerprint = fingerprint
@@ -158,8 +158,8 @@ def test_rows_come_from_lanes_in_turn_and_an_exhausted_lane_is_skipped() -> None
 
 
 def test_a_row_of_one_place_left_takes_a_bos() -> None:
-    rows = list(one_epoch(FakeSource([["aa", "bbbbbbb"]]), 3))
-    assert [(inputs, targets) for inputs, targets in rows][0] == ([BOS, ord("a"), ord("a")], [ord("a"), ord("a"), BOS])
+    first = next(one_epoch(FakeSource([["aa", "bbbbbbb"]]), 3))
+    assert first == ([BOS, ord("a"), ord("a")], [ord("a"), ord("a"), BOS])
 
 
 def test_the_buffer_is_bounded_by_documents_and_by_rows() -> None:
@@ -279,7 +279,12 @@ def test_resume_in_the_middle_of_a_step_with_another_micro_batch_ends_the_step_w
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"dataset": "x"}, "other data"), ({"tokenizer": "x"}, "tokenizer"), ({"seed": 7}, "seed"), ({"version": 0}, "version")],
+    [
+        ({"dataset": "x"}, "other data"),
+        ({"tokenizer": "x"}, "tokenizer"),
+        ({"seed": 7}, "seed"),
+        ({"version": 0}, "version"),
+    ],
 )
 def test_a_state_of_something_else_is_refused(change: dict[str, Any], word: str) -> None:
     source = source_of([[5] * 4] * 3)
@@ -297,9 +302,12 @@ def test_a_state_that_names_tokens_that_are_not_there_is_an_error_of_next() -> N
         next(loader)
         state = loader.state_dict()
     for lane in ([4, [[3, 99]]], [4, [[50, 0]]]):
-        with Loader(source, FakeTokenizer(), 1, 4, state=state | {"lanes": [lane]}) as loader:
-            with pytest.raises(UserError, match="loader state"):
-                next(loader)
+        damaged = state | {"lanes": [lane]}
+        with (
+            Loader(source, FakeTokenizer(), 1, 4, state=damaged) as loader,
+            pytest.raises(UserError, match="loader state"),
+        ):
+            next(loader)
 
 
 def test_the_state_is_what_was_handed_out_and_not_what_was_prefetched() -> None:
@@ -479,3 +487,19 @@ def test_the_documented_function_takes_its_rank_from_torchrun(monkeypatch: pytes
         loader = tokenizing_distributed_data_loader(2, 6, "train", dataset=source, tokenizer=tokenizer, device="cpu")
         with loader:
             assert valid_rows(*next(loader)) == [rows[rank], rows[2 + rank]]
+
+
+def test_with_the_tokenizer_that_is_trained_here() -> None:
+    pytest.importorskip("vibechat._rustbpe", reason="the compiled extension is not built")
+    from vibechat.tokenizer import RustBPETokenizer
+
+    texts = [f"document {i}: {'the cat sat on the mat, ' * (i % 7)}" for i in range(40)]
+    tokenizer = RustBPETokenizer.train_from_iterator(iter(texts), 300)
+    source = FakeSource([texts[:15], texts[15:]])
+    tokens: Counter[int] = Counter()
+    with Loader(source, tokenizer, 2, 16, "val", tokenizer_threads=2) as loader:
+        for inputs, targets in loader:
+            assert inputs[:, 0].tolist() == [tokenizer.get_bos_token_id()] * 2
+            tokens.update(targets.flatten().tolist())
+    expected = Counter(token for ids in tokenizer.encode(texts) for token in ids)
+    assert {t: n for t, n in tokens.items() if t not in (-1, tokenizer.get_bos_token_id())} == expected

@@ -342,7 +342,7 @@ def tokenizing_distributed_data_loader(
 
         dataset = open_dataset()
     if tokenizer is None:
-        from vibechat.tokenizer import get_tokenizer  # type: ignore[import-not-found, unused-ignore]
+        from vibechat.tokenizer import get_tokenizer
 
         tokenizer = get_tokenizer()
     return Loader(
