@@ -100,7 +100,7 @@ def test_the_default_directory_is_under_the_base_directory(trained: RustBPEToken
     assert made.fingerprint() == trained.fingerprint() == get_tokenizer().fingerprint()
     assert get_token_bytes().equal(trained.token_bytes())
     trained.save(str(tmp_path / "elsewhere"))
-    assert get_tokenizer(str(tmp_path / "elsewhere")).fingerprint() == trained.fingerprint()
+    assert get_tokenizer(directory=str(tmp_path / "elsewhere")).fingerprint() == trained.fingerprint()
     assert get_token_bytes("cpu", directory=str(tmp_path / "elsewhere")).equal(trained.token_bytes())
 
 

@@ -366,11 +366,11 @@ def train_tokenizer(
     return tokenizer
 
 
-def get_tokenizer(directory: str | None = None) -> RustBPETokenizer:
+def get_tokenizer(*, directory: str | None = None) -> RustBPETokenizer:
     """The tokenizer of a directory, by default of `<base directory>/tokenizer`. Raises UserError if there is none."""
     return RustBPETokenizer.from_directory(directory or str(Path(get_base_dir()) / "tokenizer"))
 
 
 def get_token_bytes(device: str | torch.device = "cpu", *, directory: str | None = None) -> torch.Tensor:
     """The length in bytes of each token of `get_tokenizer`, int32 (vocab,) on `device`; 0 for special tokens."""
-    return get_tokenizer(directory).token_bytes().to(device)
+    return get_tokenizer(directory=directory).token_bytes().to(device)
