@@ -5,8 +5,10 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -132,6 +134,7 @@ def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exam.facts["Compute"]["GPU 0"] == "Tesla V100, 16 GiB, capability 7.0"
     assert exam.facts["Compute"]["dtype"] == "float32 on cuda"
     assert "no bfloat16" in whats(exam, "warning")
+    assert exam.facts["Compute"]["attention"].startswith("scaled_dot_product_attention (")
 
 
 def test_what_torch_compile_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -230,6 +233,25 @@ def test_a_wrong_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str
     exam = Examination()
     doctor.examine_torch(exam)
     assert value in whats(exam, "error")
+
+
+def test_kernels_are_listed_by_what_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Choice(NamedTuple):
+        op: str
+        backend: str
+        reason: str
+
+    choices = [Choice("a", "torch", "no kernel"), Choice("b", "triton", "fastest"), Choice("c", "torch", "no kernel")]
+    kernels = types.ModuleType("vibechat.kernels")
+    monkeypatch.setitem(sys.modules, "vibechat.kernels", kernels)
+    for found, expected in (
+        (choices, {"kernels": "torch (no kernel): a, c", "kernels 2": "triton (fastest): b"}),
+        (choices[:1], {"kernels": "torch (no kernel): every op"}),
+    ):
+        kernels.backend_table = lambda device, dtype, found=found: found  # type: ignore[attr-defined]
+        exam = Examination()
+        doctor.examine_torch(exam)
+        assert {k: v for k, v in exam.facts["Compute"].items() if k.startswith("kernels")} == expected
 
 
 def test_a_question_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

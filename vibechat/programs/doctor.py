@@ -205,6 +205,7 @@ def _examine_choices(exam: Examination) -> None:
         exam.find(
             "note", "this CPU does not multiply bfloat16 natively: training runs in float32", "nothing to be done"
         )
+    exam.note("Compute", "attention", _attention(device.type))
     try:
         choices = importlib.import_module("vibechat.kernels").backend_table(device, dtype)
     except ImportError:
@@ -212,14 +213,27 @@ def _examine_choices(exam: Examination) -> None:
     except ValueError as error:  # VIBECHAT_KERNELS asks for what cannot be had
         exam.find("error", str(error), "unset VIBECHAT_KERNELS or set it to auto")
         return
-    by_backend: dict[str, list[str]] = {}
+    ops: dict[str, list[str]] = {}
     for choice in choices:
-        by_backend.setdefault(f"{choice.backend} ({choice.reason})", []).append(choice.op)
-    for backend, ops in by_backend.items():
-        every = "all" if len(by_backend) == 1 else ", ".join(ops)
-        exam.note(
-            "Compute", "kernels" if len(by_backend) == 1 else f"  {backend.partition(' ')[0]}", f"{every}: {backend}"
-        )
+        ops.setdefault(f"{choice.backend} ({choice.reason})", []).append(choice.op)
+    for index, (backend, names) in enumerate(ops.items()):
+        which = "every op" if len(ops) == 1 else ", ".join(names)
+        exam.note("Compute", "kernels" if index == 0 else f"kernels {index + 1}", f"{backend}: {which}")
+
+
+def _attention(device_type: str) -> str:
+    """What scaled_dot_product_attention may choose from."""
+    import torch
+
+    if device_type != "cuda":
+        return "scaled_dot_product_attention"
+    cuda = torch.backends.cuda
+    enabled = {
+        "cuDNN": cuda.cudnn_sdp_enabled(),
+        "flash": cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+    }
+    return f"scaled_dot_product_attention ({', '.join(name for name, on in enabled.items() if on) or 'unfused'})"
 
 
 def examine_cpu(exam: Examination) -> None:
