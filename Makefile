@@ -9,7 +9,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
 RUN := $(UV) run --no-sync
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
-.PHONY: help setup demo test check format train bench doctor clean
+.PHONY: help setup demo test check format train bench doctor docs clean
 
 help: ## list the targets
 	@echo "vibechat: a ChatGPT-like language model from nothing. First: make demo"
@@ -52,6 +52,9 @@ bench: setup ## measure: tokens/s, MFU, and the plain compiled baseline beside i
 
 doctor: setup ## say what this machine has and what is wrong
 	$(RUN) vibechat doctor
+
+docs: setup ## write docs/reference/commands.md from the programs
+	$(RUN) python docs/generate.py
 
 clean: ## remove what was built and cached here; your models stay
 	rm -rf .venv .uv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks dist build rustbpe/target vibechat/_rustbpe*.so
