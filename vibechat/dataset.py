@@ -12,14 +12,16 @@ single txt file, which is one document, its last 5%).
 files in another place are the same dataset.
 """
 
+import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vibechat.common import UserError, get_base_dir, print0
-from vibechat.sources import local
+from vibechat.sources import hub, local
 from vibechat.sources.shards import HashCache, RowGroup, Shard, inspect_shard, read_documents
 
 SPLITS = ("train", "val")
@@ -154,6 +156,13 @@ def open_dataset(
         if val_data:
             raise UserError("--val-data goes with files of your own; builtin has its own validation split")
         return _open_builtin(root, cache, progress)
+    if data in hub.SOURCES:
+        if val_data:
+            raise UserError(f"--val-data goes with files of your own; {data} has its own validation shard")
+        store = hub.ShardStore(hub.SOURCES[data], root / data, cache)
+        if num_shards != -1:
+            hub.download(store, num_shards)
+        return Dataset(data, store.open(num_shards), notes={"revision": store.manifest()["revision"]})
     return _open_files(data, val_data, text_column, root, cache, progress)
 
 
@@ -236,3 +245,39 @@ def _readable_name(patterns: str) -> str:
 
 def _silent(*_: Any) -> None:
     pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python -m vibechat.dataset -n 450
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Download shards of a hub dataset. Returns 0, or 2 with a line on stderr if any of them could not be had."""
+    parser = argparse.ArgumentParser(prog="python -m vibechat.dataset", description="Download pretraining shards.")
+    parser.add_argument(
+        "-n", "--num-files", type=int, default=-1, help="how many training shards; -1, the default: all"
+    )
+    parser.add_argument("-w", "--num-workers", type=int, default=4, help="how many at a time")
+    parser.add_argument("--source", choices=sorted(hub.SOURCES), default="fineweb-edu", help="which dataset")
+    arguments = parser.parse_args(argv)
+    try:
+        root = Path(get_base_dir()) / "data"
+        source = hub.SOURCES[arguments.source]
+        store = hub.ShardStore(source, root / source.name, HashCache(root / "hashes.json"))
+        fetched = hub.download(store, arguments.num_files, workers=max(arguments.num_workers, 1))
+        shards = store.open(arguments.num_files)
+        size = sum(shard.bytes for split in shards.values() for shard in split)
+        print(
+            f"{source.name}: {len(shards['train']):,} training shards and 1 to validate, {size / 1e9:.2f} GB, "
+            f"in {store.directory} ({fetched:,} fetched now)"
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
