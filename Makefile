@@ -40,7 +40,7 @@ check: setup ## ruff, mypy, cargo fmt, cargo clippy
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --manifest-path rustbpe/Cargo.toml --check; else echo "cargo fmt is not installed: skipped"; fi
-	@if cargo clippy --version >/dev/null 2>&1; then cargo clippy --quiet --manifest-path rustbpe/Cargo.toml --all-targets -- -D warnings; else echo "cargo clippy is not installed: skipped"; fi
+	@if cargo clippy --version >/dev/null 2>&1; then cargo clippy --quiet --manifest-path rustbpe/Cargo.toml --all-targets --features pyo3 -- -D warnings; else echo "cargo clippy is not installed: skipped"; fi
 
 format: setup ## let ruff and cargo fmt rewrite the tree
 	$(RUN) ruff check --fix .

@@ -10,12 +10,12 @@ from collections import Counter
 
 import pytest
 import regex
+import rustbpe
 import tiktoken
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import rustbpe
 from vibechat import _rustbpe, tokenizer
 from vibechat.common import UserError
 from vibechat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, default_vocab_size

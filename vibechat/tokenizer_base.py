@@ -15,6 +15,7 @@ with <|python_start|> ... <|python_end|> around a tool call and <|output_start|>
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 
@@ -61,6 +62,16 @@ class Tokenizer(ABC):
     @abstractmethod
     def save(self, tokenizer_dir: str) -> None:
         """Write the data files into a directory, which is made if it is missing. Raises UserError if that fails."""
+
+    @overload
+    def encode(
+        self, text: str, prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
+    ) -> list[int]: ...
+
+    @overload
+    def encode(
+        self, text: list[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
+    ) -> list[list[int]]: ...
 
     def encode(
         self,
