@@ -1,0 +1,296 @@
+"""The GPT: the whole model in one file.
+
+Rotary positions, QK-norm, ReLU^2 MLP, RMSNorm without gain, a norm after the embedding, untied head, no biases,
+grouped query heads, softcapped logits. The weights map one to one onto transformers' NanoChat model. Master weights are
+float32; each matmul casts its weight to the dtype of its input, which `compute_dtype` chose once for the device.
+
+Shapes: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head_dim, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vibechat.adamw import DistAdamW
+from vibechat.attention import attend
+from vibechat.common import compute_dtype
+from vibechat.kernels import add_rms_norm, linear_cross_entropy, qk_norm_rope, relu2_mlp, rms_norm, rotary_tables
+from vibechat.muon import Muon
+
+ROPE_BASE = 10_000.0
+SOFTCAP = 15.0
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT."""
+
+    sequence_len: int = 1024
+    """longest context, in tokens"""
+    vocab_size: int = 50304
+    """size of the vocabulary"""
+    n_layer: int = 12
+    """transformer blocks"""
+    n_head: int = 6
+    """query heads of a block"""
+    n_kv_head: int = 6
+    """key and value heads of a block; n_head must be a multiple"""
+    n_embd: int = 768
+    """channels; head_dim is n_embd / n_head, an even number"""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"GPTConfig: {name}={value} must be at least 1")
+        if self.n_embd % self.n_head or self.head_dim % 2:
+            raise ValueError(f"GPTConfig: n_embd={self.n_embd} must give n_head={self.n_head} heads of an even size")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"GPTConfig: n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+class KeyValueStore(Protocol):
+    """What the model asks of a cache (engine.KVCache is one)."""
+
+    def get_pos(self) -> int:
+        """How many positions are filled."""
+
+    def insert_kv(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k and v (B, K, T, D) after the filled positions and return all, (B, K, pos + T, D)."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention; one matmul for q, k and v from three parameters."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        kv_channels = config.n_kv_head * config.head_dim
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_k = nn.Linear(config.n_embd, kv_channels, bias=False)
+        self.c_v = nn.Linear(config.n_embd, kv_channels, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KeyValueStore | None) -> Tensor:
+        B, T, C = x.shape
+        w_qkv = torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)).to(x.dtype)
+        qkv = F.linear(x, w_qkv).view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        q, k = qk_norm_rope(q, k, cos, sin)
+        if kv_cache is not None:
+            k, v = kv_cache.insert_kv(self.layer_idx, k.transpose(1, 2), v.transpose(1, 2))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        y = attend(q, k, v).reshape(B, T, C)
+        return F.linear(y, self.c_proj.weight.to(x.dtype))
+
+
+class MLP(nn.Module):
+    """The ReLU^2 MLP, four times as wide as the model."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu2_mlp(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
+
+
+class Block(nn.Module):
+    """Attention and MLP; the residual additions are fused with the norms that follow them, in GPT.forward."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer_idx)
+        self.mlp = MLP(config)
+
+
+class Transformer(nn.Module):
+    """The embedding and the blocks."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.n_layer))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. Construct it, then `init_weights()` (or load a state dict)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        cos, sin = rotary_tables(config.sequence_len, config.head_dim, ROPE_BASE, self.get_device())
+        self.register_buffer("cos", cos, persistent=False)  # (sequence_len, D/2), float32
+        self.register_buffer("sin", sin, persistent=False)
+        self.compute_dtype = torch.float32  # init_weights and set_compute_dtype choose for the device
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialize every parameter in place, where the model is, and choose the compute dtype of that device.
+
+        The embedding is N(0, 1) (a norm follows it) and the head N(0, 1e-3), so that the first loss is ln V; the
+        matrices into a block are uniform with standard deviation 1 / sqrt(C), those out of it zero, so that each block
+        starts as the identity.
+        """
+        nn.init.normal_(self.transformer.wte.weight, std=1.0)
+        nn.init.normal_(self.lm_head.weight, std=1e-3)
+        bound = (3.0 / self.config.n_embd) ** 0.5
+        for block in self.blocks():
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                nn.init.uniform_(linear.weight, -bound, bound)
+            for linear in (block.attn.c_proj, block.mlp.c_proj):
+                nn.init.zeros_(linear.weight)
+        cos, sin = rotary_tables(self.config.sequence_len, self.config.head_dim, ROPE_BASE, self.get_device())
+        self.cos.copy_(cos)  # a model built on the meta device has none yet
+        self.sin.copy_(sin)
+        self.set_compute_dtype(compute_dtype(self.get_device()))
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Run matmuls and activations in `dtype`; parameters stay as they are."""
+        self.compute_dtype = dtype
+
+    def blocks(self) -> Iterator[Block]:
+        """The transformer blocks, in order."""
+        for block in self.transformer.h:
+            assert isinstance(block, Block)
+            yield block
+
+    def get_device(self) -> torch.device:
+        """The device the model is on."""
+        return self.lm_head.weight.device
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # forward
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        kv_cache: KeyValueStore | None = None,
+        loss_reduction: str = "mean",
+    ) -> Tensor:
+        """Logits, or the loss where targets are given.
+
+        Args:
+            idx: (B, T) token ids.
+            targets: (B, T) ids, -1 where a position does not count.
+            kv_cache: filled positions before idx; k and v of idx are added.
+            loss_reduction: "mean" or "sum" over the positions that count, or "none".
+
+        Returns:
+            Without targets: softcapped logits (B, T, V), float32. With: loss () in float32, or (B, T) for "none".
+
+        Raises:
+            ValueError: if the positions pass sequence_len.
+        """
+        start = 0 if kv_cache is None else kv_cache.get_pos()
+        stop = start + idx.size(1)
+        if stop > self.config.sequence_len:
+            raise ValueError(f"{stop} positions do not fit sequence_len={self.config.sequence_len}")
+        x = self._hidden(idx, self.cos[start:stop], self.sin[start:stop], kv_cache)  # (B, T, C)
+        if targets is not None:
+            return linear_cross_entropy(x, self.lm_head.weight, targets, softcap=SOFTCAP, reduction=loss_reduction)
+        logits = F.linear(x, self.lm_head.weight.to(x.dtype)).float()
+        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+    def _hidden(self, idx: Tensor, cos: Tensor, sin: Tensor, kv_cache: KeyValueStore | None) -> Tensor:
+        """The normed residual stream after the last block, (B, T, C)."""
+        x = rms_norm(F.embedding(idx, self.transformer.wte.weight).to(self.compute_dtype))  # (B, T, C)
+        normed = rms_norm(x)
+        for block in self.blocks():
+            x, normed = add_rms_norm(x, block.attn(normed, cos, sin, kv_cache))
+            x, normed = add_rms_norm(x, block.mlp(normed))
+        return normed
+
+    @torch.inference_mode()
+    def generate(
+        self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 42
+    ) -> Iterator[int]:
+        """Yield max_tokens ids after `tokens`, one at a time, computing the whole context anew for each (no cache).
+
+        Args:
+            tokens: the prompt, at least one id; only the last sequence_len positions are seen.
+            max_tokens: how many to yield.
+            temperature: 0 takes the most likely token.
+            top_k: sample among the k most likely only.
+            seed: of the sampling; the same seed gives the same tokens.
+        """
+        device = self.get_device()
+        rng = torch.Generator(device=device).manual_seed(seed)
+        ids = torch.tensor([tokens], dtype=torch.long, device=device)
+        for _ in range(max_tokens):
+            logits = self(ids[:, -self.config.sequence_len :])[:, -1]  # (1, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -torch.inf)
+            if temperature > 0:
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=rng)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            ids = torch.cat((ids, token), dim=1)
+            yield int(token)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # counting and optimizing
+
+    def num_params(self) -> int:
+        """All parameters, both embeddings included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def estimate_flops(self, *, causal: bool = False) -> int:
+        """FLOPs that training on one token takes, forward and backward: 6 N + 12 L H D T.
+
+        N counts every parameter but the token embedding, which is looked up, not multiplied. The attention term counts
+        all T x T scores, as is customary; `causal` counts only those that causal attention needs, (T + 1) / 2 a query.
+        """
+        config = self.config
+        multiplied = self.num_params() - self.transformer.wte.weight.numel()
+        keys = (config.sequence_len + 1) / 2 if causal else config.sequence_len
+        return int(6 * multiplied + 12 * config.n_layer * config.n_embd * keys)
+
+    def setup_optimizers(
+        self,
+        unembedding_lr: float = 0.004,
+        embedding_lr: float = 0.2,
+        matrix_lr: float = 0.02,
+        weight_decay: float = 0.0,
+    ) -> list[torch.optim.Optimizer]:
+        """[AdamW for embedding and head, Muon for the matrices of the blocks].
+
+        The AdamW rates are for 768 channels and scale with (n_embd / 768)^-0.5.
+
+        Args:
+            unembedding_lr: rate of the head.
+            embedding_lr: rate of the token embedding.
+            matrix_lr: rate of Muon.
+            weight_decay: of AdamW.
+        """
+        scale = (self.config.n_embd / 768) ** -0.5
+        adamw = DistAdamW(
+            [
+                {"params": [self.lm_head.weight], "lr": unembedding_lr * scale},
+                {"params": [self.transformer.wte.weight], "lr": embedding_lr * scale},
+            ],
+            betas=(0.8, 0.95),
+            eps=1e-10,
+            weight_decay=weight_decay,
+        )
+        muon = Muon(self.transformer.h.parameters(), lr=matrix_lr)
+        for group in (*adamw.param_groups, *muon.param_groups):
+            group["initial_lr"] = group["lr"]
+        return [adamw, muon]
