@@ -39,7 +39,7 @@ def test_this_machine_can_train(capsys: pytest.CaptureFixture[str], base_dir: Pa
     assert main([]) == 0
     page = capsys.readouterr().out
     for words in (
-        f"vibechat        {vibechat.__version__}",
+        f"vibechat          {vibechat.__version__}",
         platform.python_version(),
         torch.__version__,
         str(base_dir),
@@ -223,12 +223,13 @@ def test_variables_are_shown_and_secrets_are_not(
     main([])
     page = capsys.readouterr().out
     assert "http://127.0.0.1:9" in page
-    assert "HF_TOKEN        set" in page
+    assert "HF_TOKEN          set" in page
     assert "verysecret" not in page
 
 
-@pytest.mark.parametrize(("name", "value"), [("VIBECHAT_DTYPE", "float7")])
+@pytest.mark.parametrize(("name", "value"), [("VIBECHAT_DTYPE", "float7"), ("VIBECHAT_KERNELS", "magic")])
 def test_a_wrong_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setattr("vibechat.kernels.backend._requested", {})  # as in a new process
     monkeypatch.setenv(name, value)
     exam = Examination()
     doctor.examine_torch(exam)

@@ -436,7 +436,7 @@ def print_page(exam: Examination) -> None:
     for heading, facts in exam.facts.items():
         print(styled(heading, 1))
         for label, value in facts.items():
-            print(f"  {styled(f'{label:<16}', 2)}{value}")
+            print(f"  {styled(f'{label:<18}', 2)}{value}")
     print()
     for severity, code in {"error": 31, "warning": 33, "note": 36}.items():
         for finding in exam.findings:
