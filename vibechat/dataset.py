@@ -228,10 +228,9 @@ def _open_split(
     key = hashlib.sha256(json.dumps([text_column, split_single, [str(file) for file in others]]).encode()).hexdigest()
     directory = root / f"{name}-{key[:12]}"
     with FileLock(root / f".{directory.name}.lock"):  # one rank prepares, the others wait
-        prepared, made = local.prepared_once(others, directory, settings, cache, split_single=split_single)
-    if made and progress:
-        counts = prepared.counts
-        print0(f"prepared {counts['kept']:,} documents, {counts['text_bytes'] / 1e6:.1f} MB of text, in {directory}")
+        prepared = local.prepared_once(
+            others, directory, settings, cache, split_single=split_single, say=print0 if progress else _silent
+        )
     return shards + prepared.shards["train"], prepared.shards.get("val", [])
 
 

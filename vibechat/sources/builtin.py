@@ -12,11 +12,13 @@ is dropped if more than MAX_SHARED of its bytes lie in 50-byte windows that trai
 
 import ast
 import hashlib
-import importlib.machinery
-import importlib.util
-import inspect
+import importlib
+import json
+import os
 import platform
 import re
+import string
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -38,8 +40,7 @@ MIN_CHARS = 200
 SKIPPED_SOURCES = re.compile(
     r"(^|/)(test|tests|idle_test|site-packages|dist-packages|__pycache__)(/|$)|^(pydoc_data/|encodings/|_sysconfigdata)"
 )
-# Importing these does more than define things.
-SKIPPED_COMPILED = re.compile(r"_tkinter|readline|_curses.*|_?xx.*|_test.*|_ctypes_test")
+LETTERS = string.ascii_letters.encode() + b"_" + bytes(range(128, 256))
 
 Windows = npt.NDArray[np.uint64]
 
@@ -132,55 +133,22 @@ def topics() -> Iterator[tuple[str, str]]:
         yield f"topic:{name}", text
 
 
-def compiled_docstrings() -> Iterator[tuple[str, str]]:
-    """(module, text) of each compiled module: its own docstring, then those of what it defines, with signatures."""
-    for name in sorted(sys.stdlib_module_names):
-        if SKIPPED_COMPILED.fullmatch(name) or not is_compiled(name):
-            continue
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
-        for attribute, value in sorted(vars(module).items()):
-            if not attribute.startswith("__") and (inspect.isbuiltin(value) or inspect.isclass(value)):
-                parts.append(_described(attribute, value))
-                if inspect.isclass(value):
-                    members = sorted(vars(value).items())
-                    parts += [_described(f"{attribute}.{key}", member) for key, member in members if key[:2] != "__"]
-        text = "\n\n".join(part for part in parts if part)
-        if len(text) >= MIN_CHARS:
-            yield name, text
-
-
-def is_compiled(name: str) -> bool:
-    """Whether a top-level module is built in or an extension: one that has no source."""
-    if name in sys.builtin_module_names:
-        return True
+def compiled_docstrings() -> list[tuple[str, str]]:
+    """(module, text) of each compiled module, asked of a fresh interpreter: see `compiled_docstrings.py`."""
+    script = Path(__file__).with_name("compiled_docstrings.py")
+    # -I -S: what the user's environment and site-packages add to modules is not part of the corpus.
+    command = [sys.executable, "-I", "-S", "-W", "ignore", str(script)]
     try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return False
-    return bool(spec and spec.origin and spec.origin.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES)))
-
-
-def _described(name: str, value: object) -> str:
-    doc = inspect.getdoc(value) if isinstance(getattr(value, "__doc__", None), str) else None
-    if not doc or " object at 0x" in doc:
-        return ""
-    try:
-        signature = str(inspect.signature(value)) if callable(value) else ""
-    except (ValueError, TypeError):
-        signature = ""
-    if " at 0x" in signature:  # a default that prints its address would differ from run to run
-        signature = ""
-    return f"{name}{signature}\n{doc}"
+        done = subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):  # the corpus is only smaller without
+        return []
+    return [(name, text) for name, text in json.loads(done.stdout) if len(text) >= MIN_CHARS]
 
 
 def sources() -> Iterator[tuple[str, str]]:
     """(path within the library, text) of each source file of the standard library that is text and no table."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_python_files(root)):
         name = path.relative_to(root).as_posix()
         if SKIPPED_SOURCES.search(name):
             continue
@@ -192,10 +160,17 @@ def sources() -> Iterator[tuple[str, str]]:
             yield name, text
 
 
+def _python_files(root: Path) -> Iterator[Path]:
+    for directory, subdirectories, files in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if not SKIPPED_SOURCES.search(name)]
+        yield from (Path(directory, name) for name in files if name.endswith(".py"))
+
+
 def is_table(text: str) -> bool:
-    """Whether a file is mostly data: of its characters other than spaces, under 60% are letters or underscores."""
-    solid = [c for c in text if not c.isspace()]
-    return sum(c.isalpha() or c == "_" for c in solid) < 0.6 * len(solid)
+    """Whether a file is mostly data: of its bytes other than spaces, under 60% are letters, _ or not ASCII."""
+    solid = text.encode().translate(None, b" \t\r\n\f")
+    letters = len(solid) - len(solid.translate(None, LETTERS))
+    return letters < 0.6 * len(solid)
 
 
 def module_key(name: str) -> str:
@@ -289,11 +264,13 @@ def shared_fractions(texts: list[str], others: Iterable[str]) -> list[float]:
         return []
     known = np.unique(np.concatenate(hashes))
     found = np.zeros(len(known), bool)
+    maybe = np.zeros(1 << 24, bool)  # by the upper bits: looking here first makes the search below rare
+    maybe[known >> np.uint64(40)] = True
     for other in others:
         theirs = window_hashes(other.encode())
-        at = np.minimum(np.searchsorted(known, theirs), max(len(known) - 1, 0))
-        if len(known):
-            found[at[known[at] == theirs]] = True
+        theirs = theirs[maybe[theirs >> np.uint64(40)]]
+        at = np.minimum(np.searchsorted(known, theirs), len(known) - 1)
+        found[at[known[at] == theirs]] = True
     fractions = []
     for content, mine in zip(contents, hashes, strict=True):
         edges = np.zeros(len(content) + 1, np.int64)  # +1 where a shared window begins, -1 where it has ended

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from vibechat.sources.shards import (
     read_documents,
 )
 
+REPORT_DOCUMENTS = 1000
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 
 
@@ -148,8 +149,9 @@ def cut_tail(text: str, fraction: float = 0.05) -> tuple[str, str]:
 class Preparation:
     """Normalizes, filters and deduplicates a stream of documents, and counts what it dropped."""
 
-    def __init__(self, settings: PrepareSettings) -> None:
+    def __init__(self, settings: PrepareSettings, progress: Callable[[dict[str, int]], None] | None = None) -> None:
         self.settings = settings
+        self._progress = progress
         self.counts = {"read": 0, "kept": 0, "empty": 0, "too_short": 0, "too_long": 0, "duplicate": 0, "normalized": 0}
         self._seen: set[bytes] = set()
 
@@ -158,6 +160,8 @@ class Preparation:
         settings, counts = self.settings, self.counts
         for text in texts:
             counts["read"] += 1
+            if self._progress and counts["read"] % REPORT_DOCUMENTS == 0:
+                self._progress(counts)
             if settings.normalize == "nfc" and not unicodedata.is_normalized("NFC", text):
                 text = unicodedata.normalize("NFC", text)
                 counts["normalized"] += 1
@@ -187,17 +191,24 @@ def source_stamps(files: list[Path]) -> list[dict[str, Any]]:
 
 
 def prepare_shards(
-    files: list[Path], directory: Path, settings: PrepareSettings, cache: HashCache, *, split_single: bool = False
+    files: list[Path],
+    directory: Path,
+    settings: PrepareSettings,
+    cache: HashCache,
+    *,
+    split_single: bool = False,
+    progress: Callable[[dict[str, int]], None] | None = None,
 ) -> ShardDirectory:
     """Write the documents of `files` as shards into `directory`, published whole by one rename, with a manifest.
 
     Args:
         split_single: if all of it is one document, cut it: its end becomes the split "val".
+        progress: called with the counts so far, every REPORT_DOCUMENTS documents.
 
     Raises:
         UserError: for a file that cannot be read as what it is, and where no document is left.
     """
-    preparation = Preparation(settings)
+    preparation = Preparation(settings, progress)
     stamps = source_stamps(files)
     with publish_directory(directory) as temporary:
         writer = ShardWriter(temporary)
@@ -229,12 +240,22 @@ def prepare_shards(
 
 
 def prepared_once(
-    files: list[Path], directory: Path, settings: PrepareSettings, cache: HashCache, *, split_single: bool = False
-) -> tuple[ShardDirectory, bool]:
-    """`prepare_shards`, or what it made earlier of the same files; and whether it had to be made now."""
+    files: list[Path],
+    directory: Path,
+    settings: PrepareSettings,
+    cache: HashCache,
+    *,
+    split_single: bool = False,
+    say: Callable[[str], None] = print,
+) -> ShardDirectory:
+    """`prepare_shards`, or what it made earlier of the same files; what is made now is said."""
     known = ShardDirectory.load(directory)
     expected = asdict(settings) | {"split_single": split_single, "sources": source_stamps(files)}
     if known is not None and known.settings == expected:
         known.verify(cache)
-        return known, False
-    return prepare_shards(files, directory, settings, cache, split_single=split_single), True
+        return known
+    size = sum(stamp["bytes"] for stamp in expected["sources"])
+    say(f"preparing {len(files):,} {'file' if len(files) == 1 else 'files'} ({size / 1e6:.1f} MB) in {directory}")
+    made = prepare_shards(files, directory, settings, cache, split_single=split_single)
+    say(f"prepared {made.counts['kept']:,} documents, {made.counts['text_bytes'] / 1e6:.1f} MB of text")
+    return made
