@@ -1,4 +1,4 @@
-"""Compare the tokenizer with GPT-2's and GPT-4's: bytes a token on many kinds of text.
+"""Compare how tightly the tokenizer packs text with GPT-2 and GPT-4.
 
 Compression is bytes of UTF-8 a token; fewer tokens for the same text mean a longer context and fewer steps. The samples
 below were written for this table; `train` and `val` are the dataset that `--data` names.
