@@ -81,6 +81,7 @@ def test_defaults_are_returned_as_they_are_and_factories_are_called() -> None:
     first, second = (parse(Other, [], prog="x") for _ in range(2))
     assert first.tags == ["a"]
     assert first.tags is not second.tags
+    assert [flag.default_is_computed for flag in read_flags(Other).values()] == [True, False]
 
 
 @pytest.mark.parametrize(

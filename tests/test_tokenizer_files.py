@@ -94,7 +94,7 @@ def test_fingerprints_tell_tokenizers_apart(trained: RustBPETokenizer):
 
 
 def test_the_default_directory_is_under_the_base_directory(trained: RustBPETokenizer, base_dir: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="vibechat tok_train"):
+    with pytest.raises(UserError, match="vibechat tok-train"):
         get_tokenizer()
     made = train_tokenizer(iter([TEXT]), 300, base_dir / "tokenizer")
     assert made.fingerprint() == trained.fingerprint() == get_tokenizer().fingerprint()

@@ -165,6 +165,8 @@ class Flag:
     """the line under it in the source; empty if there is none"""
     group: str
     """the heading it stands under; empty before the first"""
+    default_is_computed: bool = False
+    """whether the default comes from a factory, and may be another one on another machine"""
 
     @property
     def spelling(self) -> str:
@@ -238,11 +240,12 @@ def read_flags(config_class: type) -> dict[str, Flag]:
     for field in dataclasses.fields(config_class):
         if not field.init:
             continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        computed = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         if default is dataclasses.MISSING:
             raise TypeError(f"{config_class.__name__}.{field.name} has no default: a flag is never obligatory")
         help_text, group = notes.get(field.name, ("", ""))
-        flags[field.name] = Flag(field.name, hints[field.name], default, help_text, group)
+        flags[field.name] = Flag(field.name, hints[field.name], default, help_text, group, computed)
     return flags
 
 

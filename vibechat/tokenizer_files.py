@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vibechat.common import UserError
 
-REMEDY = "restore it from a copy, or train again with `vibechat tok_train`"
+REMEDY = "restore it from a copy, or train again with `vibechat tok-train`"
 
 
 def ranks_as_text(tokens: list[bytes]) -> bytes:
@@ -48,7 +48,7 @@ def read_ranks(path: Path, sha256: str) -> list[bytes]:
 def read_config(path: Path) -> dict:
     """The JSON beside the ranks. Raises UserError if it is missing, malformed, or of a later version."""
     if not path.exists():
-        raise UserError(f"there is no tokenizer in {path.parent}: train one with `vibechat tok_train`")
+        raise UserError(f"there is no tokenizer in {path.parent}: train one with `vibechat tok-train`")
     data = _read(path)
     try:
         config = json.loads(data)

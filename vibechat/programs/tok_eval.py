@@ -94,7 +94,7 @@ okay 👍🏽 see you at 11 ⏰ … unless it rains 🌧️☔ then 🎬🍿 at 
 
 @dataclass(frozen=True)
 class Config:
-    """What `vibechat tok_eval` takes."""
+    """What `vibechat tok-eval` takes."""
 
     data: str = "builtin"
     """builtin, fineweb-edu, climbmix, or globs of parquet, jsonl and txt files"""
@@ -180,7 +180,7 @@ def evaluate(config: Config) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, compare, return the exit status."""
-    return run_program(evaluate, Config, argv, prog="vibechat tok_eval", description=(__doc__ or "").partition("\n")[0])
+    return run_program(evaluate, Config, argv, prog="vibechat tok-eval", description=(__doc__ or "").partition("\n")[0])
 
 
 if __name__ == "__main__":

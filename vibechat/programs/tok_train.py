@@ -34,7 +34,7 @@ SAMPLE_CHARS = 4_000_000  # of each split, to measure compression on
 
 @dataclass(frozen=True)
 class Config:
-    """What `vibechat tok_train` takes."""
+    """What `vibechat tok-train` takes."""
 
     # --- Text
     data: str = "builtin"
@@ -166,7 +166,7 @@ def describe(
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, train, return the exit status."""
-    return run_program(train, Config, argv, prog="vibechat tok_train", description=(__doc__ or "").partition("\n")[0])
+    return run_program(train, Config, argv, prog="vibechat tok-train", description=(__doc__ or "").partition("\n")[0])
 
 
 if __name__ == "__main__":
