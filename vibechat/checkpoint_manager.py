@@ -30,7 +30,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vibechat.common import UserError, get_base_dir
+from vibechat.common import UserError, compute_dtype, get_base_dir
+from vibechat.gpt import GPT, GPTConfig
+from vibechat.tokenizer import RustBPETokenizer, get_tokenizer
 
 FORMAT_VERSION = 1
 SOURCES = ("base", "mid", "sft", "rl")
@@ -320,6 +322,46 @@ def load_checkpoint(
                 name, _, state = key.rpartition("/")
                 optimizer_data.setdefault(name, {})[state] = value
     return model_data, optimizer_data, json.loads(_verified(directory, files, META).read_bytes())
+
+
+def load_model(
+    source: str, device: torch.device, phase: str, model_tag: str | None = None, step: int | None = None
+) -> tuple[GPT, RustBPETokenizer, dict[str, Any]]:
+    """The model that lies in the base directory.
+
+    Args:
+        source: "base", "mid", "sft" or "rl".
+        device: where to put it.
+        phase: "train" or "eval", the mode that the module is set to.
+        model_tag: which one; None takes the largest.
+        step: which of its checkpoints; None takes the newest that is whole.
+
+    Returns:
+        (model, tokenizer, meta_data).
+
+    Raises:
+        UserError: if there is none, it is corrupt, or the tokenizer is not the one that it was trained with.
+    """
+    if phase not in ("train", "eval"):
+        raise ValueError(f"phase {phase!r}: one of train, eval")
+    directory = checkpoints_dir(source, model_tag or find_largest_model(str(checkpoints_dir(source))))
+    if step is None:
+        find_last_step(str(directory))  # says so if there is none
+        step = last_whole_step(directory)
+        if step is None:
+            raise CorruptCheckpointError(f"no checkpoint in {directory} is whole: train the model again")
+    weights, _, meta = load_checkpoint(str(directory), step, device)
+    tokenizer = get_tokenizer()
+    before, now = str(meta["tokenizer"]), tokenizer.fingerprint()
+    if before != now:
+        raise UserError(
+            f"{step_dir(directory, step)} was trained with another tokenizer than that in the base directory "
+            f"(hash {before[:12]}, not {now[:12]}): bring it back, or train the model again"
+        )
+    model = GPT(GPTConfig(**meta["model_config"])).to(device)
+    model.set_compute_dtype(compute_dtype(device))
+    model.load_state_dict(weights)
+    return model.train(phase == "train"), tokenizer, meta
 
 
 def load_documents(checkpoint_dir: str | Path, step: int) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -4,9 +4,12 @@ Importing this module touches no device and reads no arguments; each question is
 """
 
 import functools
+import importlib.util
 import os
 import random
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,24 @@ def seed_everything(seed: int) -> None:
     """Seed Python's and torch's generators, on every device."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+def compile_obstacle(device: torch.device | str) -> str | None:
+    """Why torch.compile cannot work on this machine for that kind of device; None if nothing is known to be missing.
+
+    A CPU needs a C++ compiler (`$CXX`, else g++; clang++ on macOS, cl on Windows) and Python's headers, a GPU Triton.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return None if importlib.util.find_spec("triton") else "Triton is missing (pip install triton)"
+    if kind != "cpu":
+        return f"it is untested on {kind}"
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if not shutil.which(compiler.split()[0]):
+        return f"no C++ compiler was found ({compiler}; apt install g++, or the like, or set CXX)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's headers are missing (apt install python3-dev, or the like)"
+    return None
 
 
 @functools.cache

@@ -1,0 +1,464 @@
+"""The real training program, killed, continued, refused and finished, on a model of a few thousand parameters."""
+
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.forge import Forge
+from vibechat.programs.train import DEFAULTS, IDENTITY, OF_THIS_PROCESS, Config, settle, with_demo
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.xdist_group("train"),
+]
+STEPS = 30
+TINY = {
+    "depth": 1,
+    "max-seq-len": 32,
+    "vocab-size": 300,
+    "total-batch-size": 128,
+    "device-batch-size": 3,  # 4 rows a step: a full micro-batch and a padded one
+    "num-iterations": STEPS,
+    "eval-every": 10,
+    "eval-tokens": 500,
+    "sample-every": -1,
+    "save-every": 3,
+    "keep": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def forge() -> Iterator[Forge]:
+    forge = Forge()
+    yield forge
+    forge.close()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "numbers.jsonl"
+    numbers = random.Random(0)
+    with open(path, "w") as file:
+        for document in range(300):
+            words = " ".join(f"{n} and {n + 1} make {2 * n + 1}." for n in numbers.choices(range(50), k=8))
+            file.write(json.dumps({"text": f"Document {document}: {words}"}) + "\n")
+    return path
+
+
+class Lab:
+    """A base directory, and runs in it."""
+
+    def __init__(self, forge: Forge, corpus: Path, base: Path) -> None:
+        self.forge, self.corpus, self.base = forge, corpus, base
+        base.mkdir(exist_ok=True)
+        self.output = base.parent / f"{base.name}.output"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.base / "base_checkpoints" / "d1"
+
+    def argv(self, **flags: Any) -> list[str]:
+        flags = TINY | {"data": self.corpus, "compile": False} | {k.replace("_", "-"): v for k, v in flags.items()}
+        return [f"--{name}={value}" for name, value in flags.items()]
+
+    def start(self, *argv: str, **flags: Any) -> int:
+        return self.forge.start(
+            "train", list(argv) or self.argv(**flags), self.output, VIBECHAT_BASE_DIR=str(self.base)
+        )
+
+    def train(self, *argv: str, **flags: Any) -> tuple[int, str]:
+        """(exit status, what it printed)."""
+        return self.wait(self.start(*argv, **flags))
+
+    def wait(self, pid: int) -> tuple[int, str]:
+        before = getattr(self, "_read", 0)
+        status = self.forge.wait(pid)
+        text = self.output.read_text()
+        self._read = len(text)
+        return status, text[before:]
+
+    def steps(self) -> list[int]:
+        return sorted(int(p.name[5:]) for p in self.checkpoints.glob("step_*"))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Of the run of the newest checkpoint (one that is killed before its first is begun anew), or the only one."""
+        pattern = "*"
+        if steps := self.steps():
+            pattern = json.loads((self.checkpoints / f"step_{steps[-1]:06d}" / "meta.json").read_text())["run"]
+        (path,) = (self.base / "runs").glob(f"{pattern}/metrics.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def outcome(self) -> tuple[list[tuple[int, float, float]], list[tuple[int, float]], bytes, bytes]:
+        """Everything that must be the same bits however often a run was interrupted."""
+        rows = self.metrics()
+        last = self.checkpoints / f"step_{STEPS:06d}"
+        return (
+            [(r["step"], r["train/loss"], r["train/grad_norm"]) for r in rows if "train/loss" in r],
+            [(r["step"], r["val/bpb"]) for r in rows if "val/bpb" in r],
+            (last / "model.safetensors").read_bytes(),
+            (last / "optimizer_00000.safetensors").read_bytes(),
+        )
+
+
+@pytest.fixture
+def lab(forge: Forge, corpus: Path, tmp_path: Path) -> Lab:
+    return Lab(forge, corpus, tmp_path / "lab")
+
+
+@pytest.fixture(scope="module")
+def whole(forge: Forge, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A run that nobody interrupted."""
+    lab = Lab(forge, corpus, tmp_path_factory.mktemp("whole") / "lab")
+    status, lab.printed = lab.train(sample_every=15)  # type: ignore[attr-defined]
+    assert status == 0, lab.printed  # type: ignore[attr-defined]
+    return lab
+
+
+def copy_of(whole: Lab, lab: Lab) -> Lab:
+    shutil.copytree(whole.base, lab.base, dirs_exist_ok=True)
+    return lab
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run and what it leaves
+
+
+def test_a_run_learns_and_leaves_what_it_promised(whole: Lab) -> None:
+    rows = whole.metrics()
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert rows[0]["train/loss"] == pytest.approx(5.7, abs=0.1)  # ln 300
+    assert rows[-2]["train/loss"] < 4.0
+    assert [row["step"] for row in rows if "val/bpb" in row] == [0, 10, 20, 30]
+    assert rows[-1]["val/bpb"] < rows[0]["val/bpb"] / 1.5
+    keys = {"train/tok_per_sec", "train/mfu", "train/mfu_full", "train/data_wait", "train/step_seconds"}
+    assert keys | {"train/memory_bytes", "train/lr_multiplier", "train/grad_norm"} <= rows[0].keys()
+    (run,) = (whole.base / "runs").iterdir()
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "env.json", "metrics.jsonl", "report.md"} <= names
+    assert any(name.endswith(".png") for name in names)
+    assert json.loads((run / "config.json").read_text())["device_batch_size"] == 3
+    assert json.loads((run / "env.json").read_text())["device"].startswith("cpu")
+    assert whole.steps() == [27, 30]
+    assert not list(whole.checkpoints.glob(".tmp*"))
+    meta = json.loads((whole.checkpoints / "step_000030" / "meta.json").read_text())
+    assert {"tokenizer", "data", "model_config", "train_config", "versions", "run", "step"} <= meta.keys()
+    assert meta["val_bpb"] == pytest.approx(rows[20]["val/bpb"])  # what was known when it was saved
+
+
+def test_a_run_says_what_it_does(whole: Lab) -> None:
+    printed = whole.printed  # type: ignore[attr-defined]
+    assert "no tokenizer in" in printed
+    assert "training one of 300 tokens" in printed
+    assert "4 rows of 32 tokens a step, in 2 micro-batches of 3" in printed
+    assert "TFLOP/s" in printed
+    assert re.search(r"^step 07/30 \| loss \d", printed, re.MULTILINE)
+    for name in ("this model", "zlib -9", "bzip2 -9", "xz -9e"):
+        assert re.search(rf"^  {name} +\d\.\d{{4}}$", printed, re.MULTILINE)
+    assert "step 15: samples" in printed
+    assert "\x1b" not in printed  # no terminal, no control sequences
+    assert "Traceback" not in printed
+    assert "Warning" not in printed
+
+
+def test_a_terminal_gets_a_progress_bar(lab: Lab, whole: Lab) -> None:
+    pty = pytest.importorskip("pty")
+    copy_of(whole, lab)
+    master, slave = pty.openpty()
+    lab.output = Path(os.ttyname(slave))
+    lab.forge.wait(lab.start(resume="auto"))
+    shown = os.read(master, 1 << 20).decode()
+    os.close(master)
+    os.close(slave)
+    assert "30/30" in shown
+    assert "\x1b[" in shown
+
+
+def test_the_losses_do_not_depend_on_the_micro_batch(lab: Lab, whole: Lab) -> None:
+    assert lab.train(device_batch_size=4, eval_every=-1, save_every=-1)[0] == 0
+    for mine, other in zip(lab.metrics(), whole.metrics()[:-1], strict=True):
+        assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
+
+
+def test_base_loss_scores_what_was_saved(whole: Lab, tmp_path: Path) -> None:
+    argv = ["--eval-tokens=500", "--device-batch-size=3", "--max-tokens=8"]
+    output = tmp_path / "output"
+    pid = whole.forge.start("base_loss", argv, output, VIBECHAT_BASE_DIR=str(whole.base))
+    assert whole.forge.wait(pid) == 0, output.read_text()
+    printed = output.read_text()
+    scores = re.findall(r"this model +(\d\.\d{4})", printed)
+    assert len(scores) == 2
+    assert scores[1] == f"{whole.metrics()[-1]['val/bpb']:.4f}"
+    assert printed.count("xz -9e") >= 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# interruptions
+
+
+def run_until_done(lab: Lab, whole: Lab, interrupt: Any, most: int = 60) -> int:
+    """Start, interrupt and continue until a run ends by itself; returns how many were killed."""
+    for kills in range(most):
+        pid = lab.start(resume="auto")
+        interrupt(pid, kills)
+        status, printed = lab.wait(pid)
+        if status == 0:
+            assert lab.outcome() == whole.outcome()
+            return kills
+        assert status == -signal.SIGKILL, printed
+    pytest.fail("never came to an end")
+
+
+def test_kills_at_random_instants_change_no_bit(lab: Lab, whole: Lab) -> None:
+    """Whatever they hit (set-up, a step, an evaluation, a save), the outcome is the same."""
+    moments = random.Random(1)
+
+    def interrupt(pid: int, kills: int) -> None:
+        if kills < 8:
+            if kills != 4:  # that one dies while it is being set up
+                wait_for_steps(lab, max(lab.steps(), default=0) + moments.randrange(1, 6))
+            time.sleep(moments.uniform(0.0, 0.03))
+            os.kill(pid, signal.SIGKILL)
+
+    assert run_until_done(lab, whole, interrupt) >= 3
+
+
+def test_kills_in_the_middle_of_a_save_change_no_bit(lab: Lab, whole: Lab) -> None:
+    caught = 0
+
+    def interrupt(pid: int, kills: int) -> None:
+        nonlocal caught
+        if kills >= 6:
+            return
+        names = ("model.safetensors", "optimizer_00000.safetensors", "meta.json", "manifest.json", None, None)
+        while True:
+            found = list(lab.checkpoints.glob(".tmp-*"))
+            if found and (names[kills] is None or (found[0] / str(names[kills])).exists()):
+                break
+            assert Path(f"/proc/{pid}").exists() or sys.platform != "linux"
+        os.kill(pid, signal.SIGKILL)
+        caught += bool(list(lab.checkpoints.glob(".tmp-*")))
+
+    assert run_until_done(lab, whole, interrupt) == 6
+    assert caught >= 1  # killed before the rename
+    assert not list(lab.checkpoints.glob(".tmp-*"))
+
+
+def wait_for_steps(lab: Lab, count: int) -> None:
+    """Until the run has reported `count` steps, or an error."""
+    while max((path.read_text().count("\n") for path in lab.base.glob("runs/*/metrics.jsonl")), default=0) < count:
+        assert not re.search("error: |Error: ", lab.output.read_text() if lab.output.exists() else "")
+        time.sleep(0.005)
+
+
+def test_a_start_that_was_killed_at_once_is_begun_anew(lab: Lab, whole: Lab) -> None:
+    pid = lab.start(resume="auto", save_every=-1)
+    wait_for_steps(lab, 2)
+    os.kill(pid, signal.SIGKILL)
+    assert lab.wait(pid)[0] == -signal.SIGKILL
+    assert lab.train(resume="auto")[0] == 0
+    assert lab.outcome() == whole.outcome()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_can_be_continued(lab: Lab, whole: Lab, number: int, status: int) -> None:
+    pid = lab.start(save_every=-1)
+    wait_for_steps(lab, 3)
+    os.kill(pid, number)
+    found, printed = lab.wait(pid)
+    assert found == status, printed
+    (step,) = lab.steps()
+    assert f"stopped after {step} of {STEPS} steps" in printed
+    assert lab.train(resume="auto")[0] == 0
+    assert lab.outcome()[0] == whole.outcome()[0]
+    assert lab.outcome()[2:] == whole.outcome()[2:]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_is_killed_changes_no_bit(corpus: Path, tmp_path: Path) -> None:
+    """Through scripts/train.py, as a person starts it."""
+    losses = []
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    root = Path(__file__).parent.parent
+    for name in ("whole", "killed"):
+        lab = Lab(None, corpus, tmp_path / name)  # type: ignore[arg-type]
+        argv = [
+            sys.executable,
+            "-m",
+            "scripts.train",
+            *lab.argv(compile=True, num_iterations=8, eval_every=-1, resume="auto"),
+        ]
+        lab_env = env | {"VIBECHAT_BASE_DIR": str(lab.base)}
+        for last in (False, True):
+            if not last and name == "whole":
+                continue
+            with (
+                open(lab.output, "a") as output,
+                subprocess.Popen(argv, cwd=root, env=lab_env, stdout=output, stderr=output) as run,
+            ):
+                if not last:
+                    wait_for_steps(lab, 5)
+                    run.kill()
+            assert run.returncode == (0 if last else -signal.SIGKILL), lab.output.read_text()
+        assert "compiling the model" in lab.output.read_text()
+        assert "torch.compile failed" not in lab.output.read_text()
+        losses.append([row["train/loss"] for row in lab.metrics()])
+    assert len(losses[0]) == 8
+    assert losses[0] == losses[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused, and what is got round
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_passed_over(lab: Lab, whole: Lab) -> None:
+    copy_of(whole, lab)
+    flip_last_byte(lab.checkpoints / "step_000030" / "optimizer_00000.safetensors")
+    status, printed = lab.train(resume="30")
+    assert status == 2
+    assert "error: " in printed
+    assert "step_000030 is corrupt: optimizer_00000.safetensors" in printed
+    status, printed = lab.train(resume="auto")
+    assert status == 0, printed
+    assert "step_000030 is corrupt" in printed
+    assert "after step 27" in printed
+    assert "step 30 is set aside" in printed
+    assert lab.outcome() == whole.outcome()
+
+
+def test_a_finished_run_that_is_continued_changes_nothing(lab: Lab, whole: Lab) -> None:
+    copy_of(whole, lab)
+    assert lab.train(resume="auto")[0] == 0
+    assert lab.outcome() == whole.outcome()
+
+
+def test_a_step_in_the_past_can_be_continued(lab: Lab, whole: Lab) -> None:
+    copy_of(whole, lab)
+    status, printed = lab.train(resume="27")
+    assert status == 0, printed
+    assert lab.outcome() == whole.outcome()
+
+
+def refusal(lab: Lab, *argv: str, **flags: Any) -> str:
+    """The one line that a run which may not begin prints."""
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in lab.checkpoints.rglob("*") if p.name != ".lock")
+    status, printed = lab.train(*argv, **flags)
+    assert status == 2, printed
+    assert "Traceback" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert printed.rstrip().endswith(lines[0])
+    assert before == sorted((str(p), p.stat().st_mtime_ns) for p in lab.checkpoints.rglob("*") if p.name != ".lock")
+    return lines[0]
+
+
+def test_what_is_refused(lab: Lab, whole: Lab, tmp_path: Path) -> None:
+    copy_of(whole, lab)
+    assert "--resume auto" in refusal(lab)
+    assert "never, auto or a step" in refusal(lab, resume="soon")
+    assert "the steps there: 27, 30" in refusal(lab, resume="5")
+    assert "--seed 7: the checkpoint was trained with 42" in refusal(lab, resume="auto", seed=7)
+    assert "--compile True: the checkpoint was trained with False" in refusal(lab, resume="auto", compile=True)
+    assert "has 300 tokens" in refusal(lab, model_tag="other", vocab_size=400)
+    assert "multiple of --max-seq-len" in refusal(lab, model_tag="other", total_batch_size=100)
+    assert "--kernels" in refusal(lab, model_tag="other", kernels="fast")
+    assert "model tag" in refusal(lab, model_tag="../other")
+    other = tmp_path / "other.jsonl"
+    other.write_text(lab.corpus.read_text()[:-1] + "\n" + json.dumps({"text": "more"}) + "\n")
+    assert "the data is not what it was trained with" in refusal(lab, resume="auto", data=other)
+    shutil.rmtree(lab.base / "tokenizer")
+    refusal(lab, resume="auto")  # it is not trained anew
+    assert lab.train(model_tag="other", vocab_size=280, num_iterations=1)[0] == 0
+    assert "the tokenizer is not what it was trained with" in refusal(lab, resume="auto")
+
+
+def test_a_live_run_keeps_others_out(lab: Lab) -> None:
+    pid = lab.start(num_iterations=100_000, save_every=-1, eval_every=-1)
+    try:
+        wait_for_steps(lab, 2)
+        other = Lab(lab.forge, lab.corpus, lab.base)
+        other.output = lab.base / "other.output"
+        message = refusal(other, resume="auto")
+        assert "locked by a live run" in message
+        assert "--resume auto" in message
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        lab.forge.wait(pid)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(lab: Lab) -> None:
+    """A learning rate beyond all reason makes one; the weights that are saved are from before."""
+    status, printed = lab.train(matrix_lr=1e38, embedding_lr=1e38, unembedding_lr=1e38, eval_every=-1, save_every=1)
+    assert status == 2, printed
+    error = printed.splitlines()[-1]
+    found = re.fullmatch(r"error: step (\d+), rank 0: loss .*; the last good checkpoint is .*step_(\d+)", error)
+    assert found, error
+    assert int(found[2]) == int(found[1]) == max(lab.steps())
+    assert len(lab.metrics()) == int(found[1])
+
+
+def test_profile_writes_a_trace_and_a_missing_wandb_costs_a_line(lab: Lab) -> None:
+    status, printed = lab.train(
+        profile=True, num_iterations=8, eval_every=-1, run="traced", wandb=importlib.util.find_spec("wandb") is None
+    )
+    if importlib.util.find_spec("wandb") is None:
+        assert "wandb is not installed" in printed
+    assert status == 0, printed
+    (trace,) = lab.base.glob("runs/traced/trace.json")
+    names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert any("aten::" in name for name in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the flags
+
+
+def test_every_default_is_filled_in() -> None:
+    for gpu in (False, True):
+        settings = settle(Config(), gpu=gpu, before=None)
+        for name, values in DEFAULTS.items():
+            assert getattr(settings, name) == values[0 if gpu else 1]
+    assert settle(Config(depth=7), gpu=False, before=None).depth == 7
+
+
+def test_another_measure_of_length_replaces_the_number_of_iterations() -> None:
+    assert settle(Config(target_flops=1e15), gpu=False, before=None).num_iterations == -1
+    assert settle(Config(target_param_data_ratio=3.0), gpu=False, before=None).num_iterations == -1
+    assert settle(Config(num_iterations=7, target_flops=1e15), gpu=False, before=None).num_iterations == 7
+
+
+def test_a_continued_run_takes_what_was_not_said_from_its_checkpoint() -> None:
+    first = settle(Config(depth=2, eval_every=7, data="a.txt", seed=5), gpu=False, before=None)
+    before = json.loads(json.dumps(vars(first)))
+    again = settle(Config(resume="auto", save_every=9), gpu=True, before=before)
+    assert (again.depth, again.eval_every, again.data, again.seed, again.save_every) == (2, 7, "a.txt", 5, 9)
+    assert again.resume == "auto"
+    assert {*IDENTITY, *OF_THIS_PROCESS, *DEFAULTS} <= vars(first).keys()
+
+
+def test_demo_gives_way_to_what_was_said() -> None:
+    assert with_demo(Config()) == Config()
+    demo = with_demo(Config(demo=True))
+    assert (demo.model_tag, demo.resume) == ("demo", "auto")
+    assert with_demo(Config(demo=True, model_tag="mine")).model_tag == "mine"
