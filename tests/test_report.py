@@ -60,7 +60,9 @@ def plots(run_dir: Path) -> list[str]:
 
 def test_a_whole_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "d4-run", [row(0, val_slash_bpb=3.0), *map(row, range(1, 9)), row(9, val_slash_bpb=1.5)])
-    (run / "config.json").write_text(json.dumps({"depth": 4, "plan": {"tokens": 4_096_000}, "note": "a|b\nc"}))
+    (run / "config.json").write_text(
+        json.dumps({"depth": 4, "plan": {"tokens": 4_096_000}, "note": "a|b\nc", "seed": None})
+    )
     (run / "env.json").write_text(json.dumps({"torch": "2.11.0"}))
     compression = {"this model": 1.5, "zlib -9": 2.5, "bzip2 -9": 2.125, "xz -9e": 2.25}
     path = write_run_report(run, sections={"Compression": ["On the same bytes.", compression], "Samples": ["> Once"]})
@@ -84,6 +86,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ]:
         assert line in page.splitlines(), line
     assert "without a finite loss" not in page
+    assert "| seed |" not in page  # nothing was said of it
     assert "skipped" not in page
     assert plots(run) == PLOTS
     for name in PLOTS:
@@ -273,9 +276,11 @@ def test_the_report_of_this_machine(base_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_markdown_of_values() -> None:
-    table = markdown([{"a": 1234, "b": 12345, "c": 0.00001234, "d": 1.23456, "e": True, "f": None, "g": [1, 2]}])
+    table = markdown(
+        [{"a": 1234, "b": 12345, "c": 0.00001234, "d": 1.23456, "e": True, "f": None, "g": [1, 2], "h": -1.0}]
+    )
     cells = [line.split(" | ")[1].rstrip(" |") for line in table.splitlines()[2:]]
-    assert cells == ["1234", "12,345", "1.234e-05", "1.2346", "yes", "", "1 2"]
+    assert cells == ["1234", "12,345", "1.234e-05", "1.2346", "yes", "", "1 2", "-1"]
     assert markdown([{}, ""]) == ""
 
 

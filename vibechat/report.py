@@ -162,7 +162,8 @@ def write_run_report(run_dir: Path, *, sections: Mapping[str, Sequence[Mapping[s
     page += [f"## {title}\n\n{markdown(data)}" for title, data in sections.items()]
     for title, name in (("Configuration", "config.json"), ("Machine", "env.json")):
         if (data := _read_json(run_dir / name)) is not None:
-            page.append(f"## {title}\n\n{markdown([flatten(data)])}")
+            told = {key: value for key, value in flatten(data).items() if value is not None}
+            page.append(f"## {title}\n\n{markdown([told])}")
     path = run_dir / "report.md"
     _write(path, "\n".join(page))
     return path
@@ -413,7 +414,8 @@ def _cell(value: Any) -> str:
     elif isinstance(value, int):
         text = f"{value:,}" if abs(value) >= 10_000 else str(value)
     elif isinstance(value, float):
-        text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+        whole = value == round(value, 0) and abs(value) < 1e15
+        text = f"{value:,.0f}" if whole else f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
     elif isinstance(value, list | tuple):
         text = " ".join(map(str, value))
     else:
