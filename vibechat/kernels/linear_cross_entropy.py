@@ -1,21 +1,16 @@
 """Softcapped cross-entropy of a linear head, without ever holding all the logits.
 
     u = x w^T,   z = c tanh(u / c),   lse = log sum_j exp(z_j),   loss = lse - z_y + lambda lse^2
+    dloss / du_j = (k exp(z_j - lse) - [j = y]) (1 - (z_j / c)^2)   with k = 1 + 2 lambda lse
 
-The softcap is what makes one touch of each logit enough. As z <= c, exp(z - c) cannot overflow, so no row maximum is
-needed before exponentiating, and the gradient with respect to the raw logits factors into a matrix that can be written
-before the row's sum is known, and a scalar per row that comes after:
-
-    t = tanh(u / c),   E = exp(c (t - 1)),   S = sum_j E_j,   k = 1 + 2 lambda lse
-    dloss / du_j = (k / S) F_j,   F_j = (E_j - [j = y] S / k) (1 - t_j^2)
-
-Rows go in chunks of three matmuls each (u = x w^T; dx = v F w; dw += F^T v x, with v the row's scale), all done in the
-forward, so that nothing of size rows x vocabulary outlives its chunk. FLOPs for N rows, D channels and V words:
-6 N D V, with no recomputation. Without a softcap, or with one so wide that exp(-2 c) leaves float32 (c > 40),
-E = exp(z - max z). Where the weights of the rows are not known before the backward (`reduction="none"`), the backward
-computes the logits again: 8 N D V.
+Rows go in chunks of three matmuls each (u = x w^T; dx = du w; dw += du^T x), all done in the forward, so that nothing
+of size rows x vocabulary outlives its chunk. FLOPs for N rows, D channels and V words: 6 N D V, with no recomputation.
+As z <= c, exp(z - c) cannot overflow and needs no row maximum: a chunk is swept once for the sums and once for du.
+Without a softcap, or with one so wide that exp(-2 c) leaves float32 (c > 40), a sweep for the maxima comes before.
+Where the weights of the rows are not known before the backward (`reduction="none"`), the backward computes the logits
+again: 8 N D V.
 Sources: chunks with gradients in the forward, Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989; z-loss, Chowdhery et
-al. 2022, "PaLM", arXiv 2204.02311; the factored gradient is our own.
+al. 2022, "PaLM", arXiv 2204.02311.
 """
 
 from typing import Any, NamedTuple
@@ -103,17 +98,19 @@ class _Loss(NamedTuple):
         loss, total, offset = self.rows(u, targets)
         k = 1 + 2 * self.z_loss * (total.log() + offset)  # (R, 1)
         ignored = (targets == self.ignore_index).unsqueeze(-1)  # (R, 1)
+        scale = row_weights.unsqueeze(-1).masked_fill(ignored, 0.0)  # (R, 1)
         safe = targets.unsqueeze(-1).masked_fill(ignored, 0)
-        factor = self.factor(u, ignored, 0.0, offset).to(x.dtype)  # (R, V)
-        at_target = self.factor(u.gather(-1, safe), ignored, total / k, offset)
-        factor = factor.scatter(-1, safe, at_target.to(x.dtype))
-        scale = row_weights.unsqueeze(-1) * k / total  # (R, 1)
-        return (loss * row_weights).sum(), (factor @ weight * scale).to(x.dtype), factor.T @ (x * scale).to(x.dtype)
+        du = self.gradient_of_logits(u, k / total, 0.0, offset, scale).to(x.dtype)  # (R, V)
+        at_target = self.gradient_of_logits(u.gather(-1, safe), k / total, 1.0, offset, scale)
+        du = du.scatter(-1, safe, at_target.to(x.dtype))
+        return (loss * row_weights).sum(), du @ weight, du.T @ x
 
-    def factor(self, u: Tensor, ignored: Tensor, less: Tensor | float, offset: Tensor | float) -> Tensor:
-        """F of raw logits u (R, any), with `less` subtracted from E; zero in rows that are ignored (R, 1)."""
+    def gradient_of_logits(
+        self, u: Tensor, normalizer: Tensor, hit: float, offset: Tensor | float, scale: Tensor
+    ) -> Tensor:
+        """d loss / du of raw logits u (R, any) times scale; normalizer (R, 1) is k / S, hit is [j = y]."""
         z, slope = self.cap(u)
-        return ((torch.exp2((z - offset) * LOG2_E) - less) * slope).masked_fill(ignored, 0.0)
+        return (torch.exp2((z - offset) * LOG2_E) * normalizer - hit) * slope * scale
 
 
 class _GradientsInForward(torch.autograd.Function):

@@ -23,19 +23,21 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     """Approximate polar factor of each matrix of a stack.
 
     Args:
-        g: (..., m, n), any float dtype; the iteration runs in it, the normalization before it in float32 or wider.
+        g: (..., m, n), any float dtype; the iteration runs in it, the normalization before it in float32 or
+            wider.
         steps: iterations.
 
     Returns:
         (..., m, n) in g's dtype; zeros for a zero matrix.
     """
     tall = g.size(-2) > g.size(-1)
-    x = (g.mT if tall else g).to(torch.promote_types(g.dtype, torch.float32))
-    tiny = torch.finfo(x.dtype).tiny
-    x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)  # first, so that no square over- or underflows
-    x = (x / (1.01 * torch.linalg.matrix_norm(x, keepdim=True)).clamp_min(tiny)).to(g.dtype)
+    x = (g.mT if tall else g).reshape(-1, min(g.shape[-2:]), max(g.shape[-2:]))  # (count, m, n), m <= n
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)  # no square leaves its range
+    wide = torch.promote_types(g.dtype, torch.float32)
+    x = (x * (1.01 * norm).clamp_min(torch.finfo(torch.float32).tiny).reciprocal().to(wide)).to(g.dtype)
     for step in range(steps):
         a, b, c = POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)]
-        gram = x @ x.mT  # (..., m, m)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        gram = x @ x.mT  # (count, m, m)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.reshape(g.mT.shape if tall else g.shape)
     return x.mT if tall else x
