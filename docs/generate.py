@@ -36,7 +36,8 @@ def page() -> str:
 
 def _row(flag: Flag) -> str:
     name = f"--[no-]{flag.spelling[2:]}" if flag.is_boolean else flag.spelling
-    cells = [f"`{name}`", _code(flag.metavar), _code(flag.default_text), flag.help.replace("|", "\\|")]
+    default = "" if flag.default_is_computed else flag.default_text  # this machine's is not every machine's
+    cells = [f"`{name}`", _code(flag.metavar), _code(default), flag.help.replace("|", "\\|")]
     return "| " + " | ".join(cells) + " |"
 
 
