@@ -34,6 +34,7 @@ train: setup ## train on your terms: make train DEPTH=12 ARGS='--data "my/*.txt"
 
 test: setup ## run every test
 	$(RUN) pytest -n 2 --dist loadgroup tests $(ARGS)
+	cargo test --quiet --release --manifest-path rustbpe/Cargo.toml
 
 check: setup ## ruff, mypy, cargo fmt, cargo clippy
 	$(RUN) ruff check .

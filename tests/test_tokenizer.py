@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 
+import numpy as np
 import pytest
 import regex
 import rustbpe
@@ -208,6 +209,15 @@ def test_training_errors_are_one_line(texts: list[str], vocab_size: int, message
     assert "\n" not in str(raised.value)
 
 
+def test_too_much_text_is_one_line(monkeypatch):
+    def train(*arguments: object) -> None:
+        raise MemoryError("more than 4 GB of distinct chunks: train on less text (--max-chars)")
+
+    monkeypatch.setattr(_rustbpe, "train", train)
+    with pytest.raises(UserError, match="--max-chars"):
+        RustBPETokenizer.train_from_iterator(iter(TEXTS), 1000)
+
+
 def test_the_smallest_vocabulary_is_bytes_and_special_tokens():
     made = RustBPETokenizer.train_from_iterator(iter(["text"]), 265)
     assert made.encode("é") == [0xC3, 0xA9]
@@ -331,6 +341,14 @@ def test_batches_equal_single_texts(trained: RustBPETokenizer, num_threads: int)
     assert trained.encode([], num_threads=num_threads) == []
 
 
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_arrays_hold_the_same_ids(trained: RustBPETokenizer, num_threads: int):
+    arrays = trained.encode_arrays([*TEXTS, "", "\ud800"], num_threads)
+    assert {(array.dtype, array.ndim) for array in arrays} == {(np.dtype(np.int32), 1)}
+    assert [array.tolist() for array in arrays] == [trained.encode(text) for text in [*TEXTS, "", "\ud800"]]
+    assert trained.encode_arrays([], num_threads) == []
+
+
 def test_prepend_and_append_take_ids_and_names(trained: RustBPETokenizer):
     bos, end = trained.get_bos_token_id(), trained.encode_special("<|assistant_end|>")
     assert trained.encode("hi", prepend="<|bos|>", append="<|assistant_end|>") == [bos, *trained.encode("hi"), end]
@@ -399,6 +417,7 @@ def test_without_the_extension_tiktoken_gives_the_same(trained: RustBPETokenizer
     plain = RustBPETokenizer(trained.tokens, trained.special_tokens())
     assert isinstance(plain._encoder, tokenizer._TiktokenEncoder)
     assert plain.encode(TEXTS, prepend="<|bos|>", num_threads=2) == trained.encode(TEXTS, prepend="<|bos|>")
+    assert [ids.tolist() for ids in plain.encode_arrays(TEXTS)] == trained.encode(TEXTS)
     assert plain.encode("x <|bos|>", append=3) == trained.encode("x <|bos|>", append=3)
     assert plain.decode([trained.get_bos_token_id(), 0xFF]) == "<|bos|>\ufffd"
     assert plain.fingerprint() == trained.fingerprint()

@@ -49,5 +49,7 @@ class Encoder:
         append: int | None = None,
     ) -> list[list[int]]:
         """The ids of each text between `prepend` and `append`, without the GIL on `num_threads` threads (0: all)."""
+    def encode_batch_to_buffers(self, texts: Sequence[str], num_threads: int = 0) -> list[bytes]:
+        """The ids of each text as 32-bit integers in the machine's byte order; no Python int is made."""
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes that ids stand for. Raises ValueError for an id that there is not."""

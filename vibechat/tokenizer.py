@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from vibechat.common import UserError, get_base_dir, print0
@@ -131,7 +132,10 @@ class RustBPETokenizer(Tokenizer):
             raise UserError("training a tokenizer needs the compiled extension: install Rust and run `uv sync`")
         if vocab_size < 256 + len(SPECIAL_TOKENS):
             raise UserError(f"--vocab-size {vocab_size}: must be at least 265 (256 bytes and 9 special tokens)")
-        tokens = extension.train(text_iterator, vocab_size - len(SPECIAL_TOKENS), num_threads, progress)
+        try:
+            tokens = extension.train(text_iterator, vocab_size - len(SPECIAL_TOKENS), num_threads, progress)
+        except MemoryError as error:  # more than 4 GB of distinct chunks
+            raise UserError(f"training the tokenizer: {error}") from error
         if len(tokens) == 256 < vocab_size - len(SPECIAL_TOKENS):
             raise UserError("the tokenizer got no text to learn from: look at --data and --max-chars")
         return cls(tokens, {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)})
@@ -183,6 +187,12 @@ class RustBPETokenizer(Tokenizer):
         self, texts: list[str], num_threads: int, prepend: int | None, append: int | None
     ) -> list[list[int]]:
         return self._encoder.encode_batch(texts, num_threads, prepend, append)
+
+    def encode_arrays(self, texts: list[str], num_threads: int = 8) -> list[np.ndarray]:
+        if isinstance(self._encoder, _TiktokenEncoder):
+            return super().encode_arrays(texts, num_threads)
+        buffers = self._encoder.encode_batch_to_buffers(texts, num_threads)  # type: ignore[attr-defined]
+        return [np.frombuffer(buffer, dtype=np.int32) for buffer in buffers]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of any bytes, UTF-8 or not; `decode_bytes` gives exactly them back. Needs the extension."""

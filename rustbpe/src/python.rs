@@ -87,6 +87,13 @@ fn train<'py>(
     PyList::new(py, tokens.iter().map(|token| PyBytes::new(py, token)))
 }
 
+fn fill(buffer: &mut [u8], ids: &[u32]) -> PyResult<()> {
+    for (four, id) in buffer.chunks_exact_mut(4).zip(ids) {
+        four.copy_from_slice(&id.to_ne_bytes());
+    }
+    Ok(())
+}
+
 fn next_batch(texts: &Bound<'_, PyIterator>) -> PyResult<Batch> {
     let mut batch = Batch::default();
     while !batch.is_full() {
@@ -175,6 +182,20 @@ impl Encoder {
         let encoded = py.detach(|| self.vocabulary.encode_batch(&bytes, threads, (prepend, append)));
         let lists = encoded.iter().map(|ids| self.list(py, ids)).collect::<PyResult<Vec<_>>>()?;
         PyList::new(py, lists)
+    }
+
+    #[pyo3(signature = (texts, num_threads=0))]
+    fn encode_batch_to_buffers<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<Bound<'py, PyString>>,
+        num_threads: usize,
+    ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+        let texts = texts.iter().map(utf8).collect::<PyResult<Vec<_>>>()?;
+        let bytes: Vec<&[u8]> = texts.iter().map(|text| text.as_bytes()).collect();
+        let threads = threads_or_all(num_threads);
+        let encoded = py.detach(|| self.vocabulary.encode_batch(&bytes, threads, (None, None)));
+        encoded.iter().map(|ids| PyBytes::new_with(py, 4 * ids.len(), |buffer| fill(buffer, ids))).collect()
     }
 
     fn decode_bytes<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyBytes>> {

@@ -28,11 +28,6 @@ pub fn pack(text: &[u8], start: usize, end: usize) -> u128 {
     low | (length as u128) << 120
 }
 
-/// The bytes that were packed.
-pub fn unpack(key: u128) -> Vec<u8> {
-    key.to_le_bytes()[..(key >> 120) as usize].to_vec()
-}
-
 /// A hash whose low bits are good: both halves multiplied into 128 bits, which are folded.
 #[inline(always)]
 pub fn hash(key: u128) -> u64 {
@@ -215,7 +210,7 @@ mod tests {
         for start in 0..text.len() {
             for end in start + 1..=text.len().min(start + PACKED_BYTES) {
                 let key = pack(&text, start, end);
-                assert_eq!(unpack(key), &text[start..end]);
+                assert_eq!(&key.to_le_bytes()[..(key >> 120) as usize], &text[start..end]);
                 assert_eq!(key, pack(&text[start..end], 0, end - start));
             }
         }
