@@ -270,9 +270,13 @@ class Dealer:
 def array_encoder(tokenizer: Tokenizer, threads: int) -> Encode:
     """A function that tokenizes a list of texts into int32 arrays, the tokenizer's threads running outside the GIL."""
 
+    arrays = getattr(tokenizer, "encode_arrays", None)  # twice as fast: it makes no Python int for each id
+
     def encode(texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
+        if arrays is not None:
+            return arrays(texts, threads)
         return [np.asarray(ids, np.int32) for ids in tokenizer.encode(texts, num_threads=threads)]
 
     return encode

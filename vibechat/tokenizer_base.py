@@ -95,7 +95,7 @@ class Tokenizer(ABC):
         return self._encode_batch(text, num_threads, *around)
 
     def encode_arrays(self, texts: list[str], num_threads: int = 8) -> list[np.ndarray]:
-        """The ids of each text as an int32 array: `encode` for those who go on with numbers, as the loader does."""
+        """The ids of each text as an int32 array, which may be read-only: `encode` for the loader, which packs them."""
         return [np.asarray(ids, dtype=np.int32) for ids in self._encode_batch(texts, num_threads, None, None)]
 
     def decode(self, ids: list[int]) -> str:
