@@ -334,7 +334,7 @@ def _figure(path: Path, title: str, panels: Sequence[Callable[["Axes"], None]]) 
         axes.margins(x=0.02)
     figure.align_ylabels(all_axes)
     all_axes[-1].set_xlabel("step (optimizer updates)", color=INK)
-    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     partial = path.with_name(path.name + ".partial")
     try:
         figure.savefig(partial, format="png")
