@@ -83,7 +83,37 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
 
+def measure(
+    *,
+    depth: int,
+    length: int,
+    batch: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: str,
+    steps: int,
+    warmup: int,
+    compile: bool = True,
+) -> list[float]:
+    """Seconds of each of `steps` forward + backward passes, after `warmup` that are not counted."""
+    torch.manual_seed(0)
+    model = PlainGPT(depth, length, vocab, dtype).to(device)
+    run = torch.compile(model) if compile else model
+    tokens = torch.randint(vocab, (batch, length + 1), device=device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    seconds = []
+    for _ in range(warmup + steps):
+        start = time.perf_counter()
+        run(inputs, targets).backward()
+        model.zero_grad(set_to_none=True)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[warmup:]
+
+
 def main() -> None:
+    """Time it, and print one line of JSON."""
     parser = argparse.ArgumentParser(description="time forward + backward of the plain baseline")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
@@ -93,23 +123,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=4)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    model = PlainGPT(args.depth, args.length, args.vocab, getattr(torch, args.dtype)).to(args.device)
-    run = model if args.eager else torch.compile(model)
-    tokens = torch.randint(args.vocab, (args.batch, args.length + 1), device=args.device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    seconds = []
-    for _ in range(args.warmup + args.steps):
-        start = time.perf_counter()
-        run(inputs, targets).backward()
-        model.zero_grad(set_to_none=True)
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[args.warmup :])
-    print(json.dumps({"seconds": median, "tokens_per_second": args.batch * args.length / median, "steps": args.steps}))
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = vars(parser.parse_args())
+    median = statistics.median(measure(**args | {"dtype": getattr(torch, args["dtype"])}))
+    rate = args["batch"] * args["length"] / median
+    print(json.dumps({"seconds": median, "tokens_per_second": rate, "steps": args["steps"]}))
 
 
 if __name__ == "__main__":

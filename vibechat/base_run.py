@@ -31,6 +31,7 @@ from vibechat.common import (
     compute_dtype,
     get_base_dir,
     get_dist_info,
+    keep_freed_memory,
     peak_flops,
     print0,
     seed_everything,
@@ -143,6 +144,7 @@ class BaseRun:
     # -- putting it together
 
     def _prepare_machine(self) -> None:
+        keep_freed_memory()
         if self.settings.deterministic or self.device.type == "cpu":
             use_deterministic_algorithms()
         seed_everything(self.settings.seed)

@@ -269,7 +269,7 @@ class GPT(nn.Module):
         embedding_lr: float = 0.2,
         matrix_lr: float = 0.02,
         weight_decay: float = 0.0,
-    ) -> list[torch.optim.Optimizer]:
+    ) -> list[DistAdamW | Muon]:
         """[AdamW for embedding and head, Muon for the matrices of the blocks].
 
         The AdamW rates are for 768 channels and scale with (n_embd / 768)^-0.5.
