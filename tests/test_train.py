@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -15,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.forge import Forge
+from vibechat.checkpoint_manager import load_model
+from vibechat.common import UserError
 from vibechat.programs.train import DEFAULTS, IDENTITY, OF_THIS_PROCESS, Config, settle, with_demo
+from vibechat.tokenizer import RustBPETokenizer
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -203,6 +208,49 @@ def test_base_loss_scores_what_was_saved(whole: Lab, tmp_path: Path) -> None:
     assert printed.count("xz -9e") >= 2
 
 
+def test_load_model(whole: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VIBECHAT_BASE_DIR", str(whole.base))
+    cpu = torch.device("cpu")
+    model, tokenizer, meta = load_model("base", cpu, "eval")
+    assert not model.training
+    assert meta["step"] == STEPS
+    assert tokenizer.get_vocab_size() == model.config.vocab_size == 300
+    ids = torch.tensor([tokenizer.encode("Document 1: 2 and 3 make 5.", prepend="<|bos|>")])
+    loss = model(ids[:, :-1], ids[:, 1:]).item()
+    assert loss < 3.0 < math.log(300)
+    earlier, _, meta = load_model("base", cpu, "train", "d1", 27)
+    assert earlier.training
+    assert meta["step"] == 27
+    assert earlier(ids[:, :-1], ids[:, 1:]).item() != loss
+    for arguments, complaint in (
+        (("base", cpu, "eval", "d1", 5), "steps there: 27, 30"),
+        (("base", cpu, "eval", "d2"), "no checkpoint in"),
+        (("sft", cpu, "eval"), "no model in"),
+        (("pre", cpu, "eval"), "base, mid, sft, rl"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            load_model(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="phase"):
+        load_model("base", cpu, "test")
+
+
+def test_load_model_refuses_another_tokenizer_and_passes_over_damage(
+    lab: Lab, whole: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_of(whole, lab)
+    monkeypatch.setenv("VIBECHAT_BASE_DIR", str(lab.base))
+    cpu = torch.device("cpu")
+    flip_last_byte(lab.checkpoints / "step_000030" / "model.safetensors")
+    assert load_model("base", cpu, "eval")[2]["step"] == 27
+    assert "step_000030 is corrupt" in capsys.readouterr().out
+    RustBPETokenizer.train_from_iterator(["some other text, some other tokens"], 270).save(str(lab.base / "tokenizer"))
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_model("base", cpu, "eval", "d1", 27)
+    flip_last_byte(lab.checkpoints / "step_000027" / "meta.json")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        load_model("base", cpu, "eval")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # interruptions
 
@@ -287,39 +335,43 @@ def test_a_signal_saves_and_the_run_can_be_continued(lab: Lab, whole: Lab, numbe
 
 @pytest.mark.slow
 def test_a_compiled_run_that_is_killed_changes_no_bit(corpus: Path, tmp_path: Path) -> None:
-    """Through scripts/train.py, as a person starts it."""
-    losses = []
+    """Through scripts/train.py, as a person starts it: what it repeats after the kill is what it did before it."""
+    lab = Lab(None, corpus, tmp_path / "lab")  # type: ignore[arg-type]
+    flags = lab.argv(compile=True, num_iterations=12, eval_every=-1, save_every=5, keep=-1, resume="auto")
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "",  # Inductor starts ten processes that load torch, to see what the CPU can do
+        "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "VIBECHAT_BASE_DIR": str(lab.base),
     }
-    root = Path(__file__).parent.parent
-    for name in ("whole", "killed"):
-        lab = Lab(None, corpus, tmp_path / name)  # type: ignore[arg-type]
-        argv = [
-            sys.executable,
-            "-m",
-            "scripts.train",
-            *lab.argv(compile=True, num_iterations=8, eval_every=-1, resume="auto"),
-        ]
-        lab_env = env | {"VIBECHAT_BASE_DIR": str(lab.base)}
-        for last in (False, True):
-            if not last and name == "whole":
-                continue
-            with (
-                open(lab.output, "a") as output,
-                subprocess.Popen(argv, cwd=root, env=lab_env, stdout=output, stderr=output) as run,
-            ):
-                if not last:
-                    wait_for_steps(lab, 5)
-                    run.kill()
-            assert run.returncode == (0 if last else -signal.SIGKILL), lab.output.read_text()
-        assert "compiling the model" in lab.output.read_text()
-        assert "torch.compile failed" not in lab.output.read_text()
-        losses.append([row["train/loss"] for row in lab.metrics()])
-    assert len(losses[0]) == 8
-    assert losses[0] == losses[1]
+    losses: list[dict[int, float]] = []
+    for kill in (True, False):
+        with (
+            open(lab.output, "a") as output,
+            subprocess.Popen(
+                [sys.executable, "-m", "scripts.train", *flags],
+                cwd=Path(__file__).parent.parent,
+                env=env,
+                stdout=output,
+                stderr=output,
+            ) as run,
+        ):
+            if kill:
+                wait_for_steps(lab, 9)
+                run.kill()
+        assert run.returncode == (-signal.SIGKILL if kill else 0), lab.output.read_text()
+        losses.append({row["step"]: row["train/loss"] for row in lab.metrics()})
+        shutil.rmtree(lab.checkpoints / "step_000010", ignore_errors=True)  # if it came so far: continue after step 5
+    before, after = losses
+    assert list(after) == list(range(12))
+    assert len(before) >= 9
+    assert before == {step: after[step] for step in before}
+    printed = lab.output.read_text()
+    assert "after step 5" in printed
+    assert printed.count("compiling the model") == 2
+    assert "torch.compile failed" not in printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

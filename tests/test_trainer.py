@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vibechat.common import UserError
+from vibechat.common import UserError, compile_obstacle
 from vibechat.train_step import MicroBatch, PhaseClock, TrainStep, load_optimizer_data, optimizer_data
 from vibechat.trainer import Every, Hooks, NonFiniteError, Rates, Trainer, measure_matmul_flops, memory_bytes
 
@@ -369,6 +369,21 @@ def test_a_save_that_fails_on_the_way_is_a_warning_and_at_the_end_an_error() -> 
     assert len(lines) == 2
     assert "training goes on" in lines[0]
     assert len(records) == 5
+
+
+def test_what_torch_compile_lacks_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    assert "no C++ compiler was found" in (compile_obstacle("cpu") or "")
+    compiler = tmp_path / "compiler"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", f"{compiler} --fast")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    assert "headers are missing" in (compile_obstacle("cpu") or "")
+    (tmp_path / "Python.h").touch()
+    assert compile_obstacle("cpu") is None
+    assert "untested" in (compile_obstacle("mps") or "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "Triton is missing" in (compile_obstacle("cuda") or "")
 
 
 def test_memory_and_matmul_rate_are_plausible() -> None:
