@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -503,3 +504,17 @@ def test_with_the_tokenizer_that_is_trained_here() -> None:
             tokens.update(targets.flatten().tolist())
     expected = Counter(token for ids in tokenizer.encode(texts) for token in ids)
     assert {t: n for t, n in tokens.items() if t not in (-1, tokenizer.get_bos_token_id())} == expected
+
+
+def test_the_documented_function_finds_tokenizer_and_corpus_by_itself(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vibechat._rustbpe", reason="the compiled extension is not built")
+    from vibechat.tokenizer import train_tokenizer
+
+    texts = ["the cat sat on the mat"] * 9
+    tokenizer = train_tokenizer(texts, 265, base_dir / "tokenizer")
+    monkeypatch.setattr("vibechat.dataset.open_dataset", lambda: FakeSource([texts]))
+    with tokenizing_distributed_data_loader(2, 8, "val", device="cpu") as loader:
+        inputs, _ = next(loader)
+    assert tokenizer.decode(inputs[0].tolist()[1:]) == "the cat"

@@ -160,6 +160,19 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> 
     assert texts_of(open_dataset(str(path), text_column="content")) == (["a"], ["b"])
 
 
+def test_large_and_dictionary_columns_are_text_too(tmp_path: Path) -> None:
+    for name, kind in (("a", pa.large_string()), ("b", pa.dictionary(pa.int32(), pa.string()))):
+        pq.write_table(pa.table({"text": pa.array(["x", None, "x"]).cast(kind)}), tmp_path / f"{name}.parquet")
+    assert texts_of(open_dataset(str(tmp_path))) == (["x", "x"], ["x", "x"])
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["a", "b"])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"a\.parquet: .*file.*"):
+        open_dataset(str(tmp_path / "a.parquet"), base_dir=tmp_path / "file")
+
+
 def test_a_column_that_is_no_text_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: column 'text' holds int64"):

@@ -23,7 +23,7 @@ TUTORIAL = ROOT / "docs/tutorials/01-first-model.md"
 
 COMMON_FLAGS = {"help", "version"}
 # of other programs that the documents mention: torchrun, pytest, the benchmarks, pip, cargo
-OTHER_FLAGS = {"standalone", "nproc_per_node", "nproc-per-node", "benchmark-only", "check"}
+OTHER_FLAGS = {"standalone", "nproc_per_node", "nproc-per-node", "benchmark-only", "check", "source"}
 # `vibechat VERB`, `python scripts/VERB.py`, `python -m scripts.VERB` and what follows on the line
 CALL = re.compile(r"(?:\bvibechat |python scripts/|-m scripts\.)([a-z_-]+)(?:\.py)?((?: [^`|\n]*)?)")
 MENTION = re.compile(r"(?<![\w-])--([a-z][\w-]*)")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
+import huggingface_hub.errors
 import huggingface_hub.file_download
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,6 +179,18 @@ def test_the_token_of_the_environment_is_sent(
     monkeypatch.delenv("HF_HUB_DISABLE_IMPLICIT_TOKEN")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert download(store, 1) == 2
+
+
+def test_offline_is_offline_at_once(
+    server: HubServer, store: hub.ShardStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    with pytest.raises(UserError, match="failed: OfflineModeIsEnabled: offline mode is enabled"):
+        download(store, 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_redirects_are_followed(server: HubServer, store: hub.ShardStore) -> None:

@@ -150,20 +150,17 @@ def open_dataset(
         UserError: in one line, if there is no such thing, or it is damaged, empty or of another kind.
     """
     root = Path(base_dir or get_base_dir()) / "data"
-    root.mkdir(parents=True, exist_ok=True)
-    cache = HashCache(root / "hashes.json")
-    if data == "builtin":
-        if val_data:
-            raise UserError("--val-data goes with files of your own; builtin has its own validation split")
-        return _open_builtin(root, cache, progress)
-    if data in hub.SOURCES:
-        if val_data:
-            raise UserError(f"--val-data goes with files of your own; {data} has its own validation shard")
-        store = hub.ShardStore(hub.SOURCES[data], root / data, cache)
-        if num_shards != -1:
-            hub.download(store, num_shards)
-        return Dataset(data, store.open(num_shards), notes={"revision": store.manifest()["revision"]})
-    return _open_files(data, val_data, text_column, root, cache, progress)
+    if val_data and (data == "builtin" or data in hub.SOURCES):
+        raise UserError(f"--val-data goes with files of your own; {data} has its own validation split")
+    try:
+        cache = HashCache(root / "hashes.json")
+        if data == "builtin":
+            return _open_builtin(root, cache, progress)
+        if data in hub.SOURCES:
+            return _open_hub(hub.SOURCES[data], num_shards, root, cache)
+        return _open_files(data, val_data, text_column, root, cache, progress)
+    except OSError as error:  # no space, no permission
+        raise UserError(f"--data {data}: {error.filename or root}: {error.strerror or error}") from error
 
 
 def _open_builtin(root: Path, cache: HashCache, progress: bool) -> Dataset:
@@ -174,6 +171,16 @@ def _open_builtin(root: Path, cache: HashCache, progress: bool) -> Dataset:
     with FileLock(root / "builtin.lock"):  # one rank builds, the others wait
         directory = builtin.open_or_build(root / "builtin", cache, say=print0 if progress else _silent)
     return Dataset("builtin", directory.shards, notes=directory.settings | directory.counts)
+
+
+def _open_hub(source: hub.HubSource, num_shards: int, root: Path, cache: HashCache) -> Dataset:
+    from filelock import FileLock
+
+    store = hub.ShardStore(source, root / source.name, cache)
+    if num_shards != -1:
+        with FileLock(root / f"{source.name}.lock"):  # one rank downloads, the others wait and find it done
+            hub.download(store, num_shards)
+    return Dataset(source.name, store.open(num_shards), notes={"revision": store.manifest()["revision"]})
 
 
 def _open_files(

@@ -291,9 +291,13 @@ def _fetch_once(store: ShardStore, name: str, size: int, sha256: str, revision: 
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether trying again is of no use: the hub said no, or the disk is full."""
+    """Whether trying again is of no use: the hub said no, the disk is full, or HF_HUB_OFFLINE is set."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return status in (400, 401, 403, 404, 410) or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        return True
+    return status in (400, 401, 403, 404, 410) or isinstance(error, OfflineModeIsEnabled)
 
 
 def _reason(error: BaseException) -> str:

@@ -164,6 +164,8 @@ def inspect_shard(path: Path, text_column: str) -> tuple[int, ...]:
             f"{path}: no column {text_column!r}; it has {', '.join(schema.names)}: name one by --text-column"
         )
     kind = schema.field(text_column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"{path}: column {text_column!r} holds {kind}, not text: name another by --text-column")
     return rows
