@@ -3,8 +3,13 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("vibechat", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("vibechat")
 
 
 @pytest.fixture(autouse=True)
