@@ -41,6 +41,7 @@ from vibechat.dataset import Dataset, open_dataset
 from vibechat.evaluation import Broken, FixedRows, comparison, prompts_for, write_samples
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend
+from vibechat.micro_batch import largest_micro_batch
 from vibechat.report import write_run_report
 from vibechat.run_directory import Display, RunDirectory, environment, new_run_name, versions
 from vibechat.scaling import plan
@@ -255,7 +256,8 @@ class BaseRun:
         else:
             self.run = RunDirectory.create(new_run_name(tag) if name in ("", "dummy") else name)
         self._stack.callback(self.run.close)
-        self.run.write("config.json", self._settled())
+        derived = {name: value for name, value, _ in self.plan.rows()}
+        self.run.write("config.json", self._settled() | {"derived": derived})
         self.run.write("env.json", environment(self.device))
         print0(f"run {self.run.path}, checkpoints {self.directory}")
         self.wandb = open_wandb(self.run.run_id, self._settled()) if self.settings.wandb else DummyWandb()
@@ -397,36 +399,6 @@ def peak_rate(device: torch.device) -> tuple[float, str]:
     dtype = compute_dtype(device)
     name = str(dtype).removeprefix("torch.")
     return measure_matmul_flops(device, dtype), f"what a 4096-cubed {name} matmul just reached here"
-
-
-def largest_micro_batch(model: GPT, rows: int, device: torch.device) -> int:
-    """The largest power of two of rows, at most `rows`, that fits: by a memory model, checked by one trial step.
-
-    A row of T tokens keeps for the backward, in each layer, about 20 C values of the compute dtype: two residual
-    streams and their norms, q, k, v and the attention's output, and the 4 C of the MLP before and after its activation.
-    Where there is no CUDA memory to fill, 8 rows: larger micro-batches were not faster on a CPU.
-    """
-    if device.type != "cuda":
-        return min(8, rows)
-    config, bytes_per_value = model.config, compute_dtype(device).itemsize
-    row_bytes = config.sequence_len * config.n_layer * 20 * config.n_embd * bytes_per_value
-    gradients = 4 * sum(p.numel() for p in model.parameters())
-    free = 0.9 * torch.cuda.mem_get_info(device)[0] - gradients
-    size = 1 << max(0, min(int(free // row_bytes), rows).bit_length() - 1)
-    while True:
-        try:
-            ids = torch.zeros(size, config.sequence_len, dtype=torch.long, device=device)
-            model(ids, ids, loss_reduction="sum").backward()
-            return size
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise UserError(
-                    "not even one row fits into GPU memory: choose a smaller --depth or --max-seq-len"
-                ) from None
-            size //= 2
-        finally:
-            model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
 
 
 def make_profiler(path: Path) -> torch.profiler.profile:
