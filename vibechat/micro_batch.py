@@ -46,7 +46,7 @@ def predicted_micro_batch(model: GPT, rows: int, free: int | None) -> int:
 
 
 def largest_micro_batch(model: GPT, rows: int, device: torch.device) -> int:
-    """How many of a step's `rows` to take at a time; on CUDA a forward and backward checks it, and halves it if need be.
+    """How many of a step's `rows` to take at a time; on CUDA a forward and backward checks it, halving if need be.
 
     Parameters and gradients are left as they were. Raises UserError if not even one row fits.
     """
