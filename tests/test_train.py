@@ -484,6 +484,7 @@ def test_profile_writes_a_trace_and_a_missing_wandb_costs_a_line(lab: Lab) -> No
     if importlib.util.find_spec("wandb") is None:
         assert "wandb is not installed" in printed
     assert status == 0, printed
+    assert "Warning" not in printed
     (trace,) = lab.base.glob("runs/traced/trace.json")
     names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
     assert any("aten::" in name for name in names)

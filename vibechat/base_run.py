@@ -289,7 +289,7 @@ class BaseRun:
             every=Every(settings.eval_every or -1, settings.sample_every or -1, settings.save_every or -1),
             hooks=Hooks(self._log, self._evaluate, self._sample, self._save, self.say),
             last_checkpoint=step_dir(self.directory, self.start.step) if self.start.meta else None,
-            profiler=make_profiler(self.run.path / "trace.json") if settings.profile else None,
+            profiler=make_profiler(self.run.path / "trace.json", self.device) if settings.profile else None,
         )
 
     def _settled(self) -> dict[str, Any]:
@@ -401,9 +401,14 @@ def peak_rate(device: torch.device) -> tuple[float, str]:
     return measure_matmul_flops(device, dtype), f"what a 4096-cubed {name} matmul just reached here"
 
 
-def make_profiler(path: Path) -> torch.profiler.profile:
+def make_profiler(path: Path, device: torch.device) -> torch.profiler.profile:
     """Traces three steps after the first three, which compile and warm up, into `path` (for chrome://tracing)."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     return torch.profiler.profile(
+        activities=activities,
+        acc_events=True,
         schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     )
