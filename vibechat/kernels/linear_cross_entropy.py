@@ -97,20 +97,12 @@ class _Loss(NamedTuple):
         u = x @ weight.T  # (R, V)
         loss, total, offset = self.rows(u, targets)
         k = 1 + 2 * self.z_loss * (total.log() + offset)  # (R, 1)
-        ignored = (targets == self.ignore_index).unsqueeze(-1)  # (R, 1)
-        scale = row_weights.unsqueeze(-1).masked_fill(ignored, 0.0)  # (R, 1)
-        safe = targets.unsqueeze(-1).masked_fill(ignored, 0)
-        du = self.gradient_of_logits(u, k / total, 0.0, offset, scale).to(x.dtype)  # (R, V)
-        at_target = self.gradient_of_logits(u.gather(-1, safe), k / total, 1.0, offset, scale)
-        du = du.scatter(-1, safe, at_target.to(x.dtype))
-        return (loss * row_weights).sum(), du @ weight, du.T @ x
-
-    def gradient_of_logits(
-        self, u: Tensor, normalizer: Tensor, hit: float, offset: Tensor | float, scale: Tensor
-    ) -> Tensor:
-        """d loss / du of raw logits u (R, any) times scale; normalizer (R, 1) is k / S, hit is [j = y]."""
         z, slope = self.cap(u)
-        return (torch.exp2((z - offset) * LOG2_E) * normalizer - hit) * slope * scale
+        hit = torch.arange(u.size(1), device=u.device) == targets.unsqueeze(-1)  # (R, V)
+        du = (torch.exp2((z - offset) * LOG2_E) * (k / total) - hit.to(z.dtype)) * slope
+        scale = row_weights.unsqueeze(-1).masked_fill(targets.unsqueeze(-1) == self.ignore_index, 0.0)  # (R, 1)
+        du = (du * scale).to(x.dtype)
+        return (loss * row_weights).sum(), du @ weight, du.T @ x
 
 
 class _GradientsInForward(torch.autograd.Function):
