@@ -12,9 +12,10 @@ HEAD = """# Commands
 <!-- Written by `make docs` from the programs; edit the docstrings there. -->
 
 Each program runs as `vibechat VERB`, as `python scripts/VERB.py`, as `python -m scripts.VERB`, and behind
-`torchrun ... -m scripts.VERB --`. A flag is `--name=value` or `--name value`, with `-` or `_` in its name; a switch is
-`--name`, `--no-name` or `--name=true|false`. `--help` lists the flags of a program, `--version` its version. A mistake
-costs one line and exit status 2; Ctrl-C ends with 130.
+`torchrun ... scripts/VERB.py` or `torchrun ... -m scripts.VERB --`; the scripts run from a checkout that was not
+installed, too. A flag is `--name=value` or `--name value`, with `-` or `_` in its name; a switch is `--name`,
+`--no-name` or `--name=true|false`. `--help` lists the flags of a program, `--version` its version. A mistake costs one
+line and exit status 2; Ctrl-C ends with 130.
 """
 
 

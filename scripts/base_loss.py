@@ -1,5 +1,10 @@
 """python scripts/base_loss.py is vibechat base-loss."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, installed or not
+
 from vibechat.programs.base_loss import main
 
 if __name__ == "__main__":

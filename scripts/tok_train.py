@@ -1,5 +1,10 @@
 """python scripts/tok_train.py is vibechat tok_train."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, installed or not
+
 from vibechat.programs.tok_train import main
 
 if __name__ == "__main__":

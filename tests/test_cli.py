@@ -13,10 +13,8 @@ from vibechat import cli
 ROOT = Path(__file__).parents[1]
 
 
-def call(*words: str, interpreter_flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *interpreter_flags, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def call(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 def test_the_programs_are_the_files() -> None:
@@ -45,8 +43,9 @@ def test_the_list_is_in_the_order_of_a_persons_work() -> None:
     assert known == [name for name in cli.ORDER if name in known]
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--version"]) == 0
+@pytest.mark.parametrize("verb", [[], *([name] for name in cli.programs())])
+def test_version(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*verb, "--version"]) == 0
     assert capsys.readouterr().out == f"vibechat {vibechat.__version__}\n"
 
 
@@ -105,7 +104,7 @@ def test_a_script_only_calls_the_program_of_its_name(name: str) -> None:
     source = (ROOT / "scripts" / f"{name}.py").read_text()
     program = cli.ALIASES.get(name, name)
     assert f"from vibechat.programs.{program} import main" in source
-    assert len(ast.parse(source).body) == 3  # what it is, the import, the call
+    assert len(ast.parse(source).body) == 6  # what it is, where the checkout is, the import, the call
 
 
 @pytest.mark.parametrize(
@@ -123,9 +122,18 @@ def test_every_way_to_start_a_program(words: tuple[str, ...], monkeypatch: pytes
     assert (done.returncode, done.stdout) == (0, f"vibechat {vibechat.__version__}\n"), done.stderr
 
 
-def test_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun hands its own `--` on to the program."""
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "scripts.doctor")
-    done = call(*command, "--", "--version")
+def test_a_script_of_a_checkout_needs_no_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From any directory, and never with the package of another checkout."""
+    (tmp_path / "vibechat").mkdir()
+    (tmp_path / "vibechat/__init__.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = call(str(ROOT / "scripts/train.py"), "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"vibechat {vibechat.__version__}\n"), done.stderr
+
+
+@pytest.mark.parametrize("words", [("-m", "scripts.doctor", "--"), ("scripts/doctor.py",)])
+def test_under_torchrun(words: tuple[str, ...]) -> None:
+    """torchrun hands its own `--` on to the program; the second form is that of a checkout."""
+    done = call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", *words, "--version")
     assert done.returncode == 0, done.stderr
     assert f"vibechat {vibechat.__version__}" in done.stdout

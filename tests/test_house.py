@@ -113,6 +113,25 @@ for name in {sorted(FILES)!r}: importlib.import_module(name)
     assert done.stdout == ""
 
 
+def test_the_core_needs_torch_alone() -> None:
+    """A machine with a GPU, torch and Triton, and nothing else, can train a step and measure it."""
+    blocked = ["tyro", "rich", "pyarrow", "huggingface_hub", "matplotlib", "tiktoken", "tokenizers", "safetensors"]
+    blocked += ["filelock", "wandb", "vibechat._rustbpe"]
+    measurement = "--worker eager --depth 1 --max-seq-len 16 --vocab-size 300 --device-batch-size 2 --device cpu"
+    measurement += " --data synthetic --steps 2 --warmup 1"
+    code = f"""
+import sys, importlib
+for name in {blocked!r}: sys.modules[name] = None
+for name in ["attention", "engine", "kernels", "loss_eval", "micro_batch", "scaling", "train_step", "trainer"]:
+    importlib.import_module("vibechat." + name)
+from bench import mfu
+raise SystemExit(mfu.main({measurement.split()!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "seconds" in done.stdout
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_everything_public_says_what_it_is(module: str) -> None:
     """Modules, functions, classes; methods too, unless a base class may have said it or they are shorter than that."""
