@@ -218,7 +218,7 @@ def test_too_small_a_disk_is_said_before_anything_is_fetched(
 ) -> None:
     usage = hub.shutil.disk_usage(store.directory)
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: usage._replace(free=hub.RESERVED_BYTES + 1000))
-    with pytest.raises(UserError, match=r"2 shards need .* GB, the disk has"):
+    with pytest.raises(UserError, match=r"2 shards need .* GB, .* are to spare on the disk"):
         download(store, 1)
     assert not server.bytes_sent
 
@@ -271,6 +271,14 @@ def test_the_real_sources_are_as_large_as_they_are() -> None:
         assert hub.SOURCES[name].wanted(2) == ["shard_00000.parquet", "shard_00001.parquet", last]
 
 
+def test_as_many_shards_as_the_text_needs() -> None:
+    source = hub.SOURCES["fineweb-edu"]
+    assert source.shards_for(1) == 1
+    assert source.shards_for(11_219_763_200) == 225  # depth 20
+    assert source.shards_for(1, 2e9) == 8  # a tokenizer of 65,536
+    assert source.shards_for(1e12) == 1822  # all but the one that validates
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # as a person sees it
 
@@ -286,6 +294,19 @@ def test_open_dataset_downloads_what_was_asked_for_and_uses_what_is_here(server:
     assert open_dataset("tiny", num_shards=1).fingerprint != two.fingerprint
     with pytest.raises(UserError, match="val-data"):
         open_dataset("tiny", val_data="x")
+
+
+def test_a_download_that_fails_says_what_can_be_done_without(
+    server: HubServer, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="--data builtin needs no network"):
+        open_dataset("tiny", num_shards=1)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    open_dataset("tiny", num_shards=2)
+    server.faults[NAMES[2]] = [("status", 404)]
+    with pytest.raises(UserError, match="--num-shards -1 takes the 2 that are here"):
+        open_dataset("tiny", num_shards=3)
 
 
 def test_the_command_downloads_and_ends_with_success(

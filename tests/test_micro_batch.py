@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vibechat import micro_batch
 from vibechat.common import UserError
 from vibechat.gpt import GPT, GPTConfig
-from vibechat.micro_batch import free_bytes, largest_micro_batch, predicted_micro_batch, row_bytes
+from vibechat.micro_batch import check_memory, free_bytes, largest_micro_batch, predicted_micro_batch, row_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -52,6 +52,15 @@ def test_on_a_cpu(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest_micro_batch(model, 100, CPU) == 1
     found = free_bytes(CPU)
     assert found is None or found > 1 << 20
+
+
+def test_a_model_that_is_too_large_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 12_000)
+    check_memory(1000, CPU)
+    with pytest.raises(UserError, match=r"1,001 parameters need .* on cpu: choose a smaller --depth"):
+        check_memory(1001, CPU)
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda device: None)
+    check_memory(10**15, CPU)
 
 
 @pytest.mark.parametrize("most", [0, 1, 5, 64])

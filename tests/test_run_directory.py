@@ -1,13 +1,13 @@
 """What a run leaves behind and shows: each step once whatever happened, and every number where it was promised."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.terminal import Terminal
 from vibechat.common import UserError
 from vibechat.run_directory import Display, RunDirectory, environment, new_run_name
 
@@ -38,7 +38,7 @@ def test_metrics_are_one_object_a_line_and_there_at_once(base_dir: Path) -> None
 def test_a_name_that_is_taken_gets_a_number() -> None:
     assert [RunDirectory.create("a").run_id for _ in range(3)] == ["a", "a-2", "a-3"]
     for name in ("../a", "", "a/b"):
-        with pytest.raises(UserError, match="run name"):
+        with pytest.raises(UserError, match="--run"):
             RunDirectory.create(name)
     assert RunDirectory.create(new_run_name("d4")).run_id.startswith("d4_2")
 
@@ -86,20 +86,17 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_terminal_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    pty = pytest.importorskip("pty")
-    master, slave = pty.openpty()
+    terminal = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
-    with os.fdopen(slave, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
+    with open(terminal.name, "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
         display = Display(2)
         for step in (0, 1):
             display.step({"step": step, **RECORD})
             display.say(f"line {step} [bold]")
         display.close()
-        terminal.flush()
-        shown = os.read(master, 1 << 16).decode()
-    os.close(master)
+    shown = terminal.text()
     assert "2/2" in shown
     assert "11,702 tok/s" in shown
     assert "line 0 [bold]" in shown

@@ -229,6 +229,7 @@ def test_default_vocab_size_follows_the_machine(monkeypatch):
     assert default_vocab_size() == 8192
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert default_vocab_size() == 65536
+    assert default_vocab_size(small=True) == 8192
 
 
 # ---------------------------------------------------------------------------------------------------------------------

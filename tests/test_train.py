@@ -10,18 +10,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tests.forge import Forge
+from tests.hub_server import HubServer
+from tests.terminal import Terminal
 from vibechat.checkpoint_manager import load_model
 from vibechat.common import UserError
 from vibechat.programs.train import DEFAULTS, IDENTITY, OF_THIS_PROCESS, Config, settle, with_demo
+from vibechat.sources.hub import SOURCES
 from vibechat.tokenizer import RustBPETokenizer
 
 pytestmark = [
@@ -78,10 +84,9 @@ class Lab:
         flags = TINY | {"data": self.corpus, "compile": False} | {k.replace("_", "-"): v for k, v in flags.items()}
         return [f"--{name}={value}" for name, value in flags.items()]
 
-    def start(self, *argv: str, **flags: Any) -> int:
-        return self.forge.start(
-            "train", list(argv) or self.argv(**flags), self.output, VIBECHAT_BASE_DIR=str(self.base)
-        )
+    def start(self, *argv: str, env: dict[str, str] | None = None, **flags: Any) -> int:
+        env = {"VIBECHAT_BASE_DIR": str(self.base), **(env or {})}
+        return self.forge.start("train", list(argv) or self.argv(**flags), self.output, **env)
 
     def train(self, *argv: str, **flags: Any) -> tuple[int, str]:
         """(exit status, what it printed)."""
@@ -183,14 +188,11 @@ def test_a_run_says_what_it_does(whole: Lab) -> None:
 
 
 def test_a_terminal_gets_a_progress_bar(lab: Lab, whole: Lab) -> None:
-    pty = pytest.importorskip("pty")
+    terminal = Terminal()
     copy_of(whole, lab)
-    master, slave = pty.openpty()
-    lab.output = Path(os.ttyname(slave))
+    lab.output = Path(terminal.name)
     lab.forge.wait(lab.start(resume="auto"))
-    shown = os.read(master, 1 << 20).decode()
-    os.close(master)
-    os.close(slave)
+    shown = terminal.text()
     assert "30/30" in shown
     assert "\x1b[" in shown
 
@@ -432,17 +434,43 @@ def refusal(lab: Lab, *argv: str, **flags: Any) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"depth": 0}, "--depth 0: must be at least 1"),
+        ({"device_batch_size": 0}, "--device-batch-size 0: must be at least 1"),
+        ({"eval_tokens": -5}, "--eval-tokens -5: must be at least 1"),
+        ({"matrix_lr": -0.1}, "--matrix-lr -0.1: must be at least 0"),
+        ({"grad_clip": "nan"}, "--grad-clip nan: must be at least 0"),
+        ({"target_flops": "inf"}, "--target-flops inf: must be a usable number"),
+        ({"seed": 2**64}, f"--seed {2**64}: must be at least 0, and finite"),
+        ({"total_batch_size": 100}, "--total-batch-size 100: must be a multiple of --max-seq-len 32"),
+        ({"num_iterations": 0}, "one of num_iterations, target_flops and target_param_data_ratio must be positive"),
+        ({"run": "../elsewhere"}, "--run '../elsewhere': use letters"),
+        ({"model_tag": "../other"}, "model tag"),
+        ({"kernels": "fast"}, "--kernels fast"),
+        ({"resume": "soon"}, "never, auto or a step"),
+        ({"resume": 99}, "the steps there: none"),
+    ],
+)
+def test_flags_that_make_no_run_are_refused_before_anything_is_done(lab: Lab, flags: dict, words: str) -> None:
+    assert words in refusal(lab, **flags)
+    assert not list(lab.base.glob("data/*"))
+    assert not list(lab.base.glob("tokenizer/*"))
+    assert not list(lab.base.glob("runs/*"))
+
+
+def test_a_model_that_is_too_large_is_refused(lab: Lab) -> None:
+    assert re.search(r"parameters need .* GB .* choose a smaller --depth", refusal(lab, depth=400))
+
+
 def test_what_is_refused(lab: Lab, whole: Lab, tmp_path: Path) -> None:
     copy_of(whole, lab)
     assert "--resume auto" in refusal(lab)
-    assert "never, auto or a step" in refusal(lab, resume="soon")
     assert "the steps there: 27, 30" in refusal(lab, resume="5")
     assert "--seed 7: the checkpoint was trained with 42" in refusal(lab, resume="auto", seed=7)
     assert "--compile True: the checkpoint was trained with False" in refusal(lab, resume="auto", compile=True)
     assert "has 300 tokens" in refusal(lab, model_tag="other", vocab_size=400)
-    assert "multiple of --max-seq-len" in refusal(lab, model_tag="other", total_batch_size=100)
-    assert "--kernels" in refusal(lab, model_tag="other", kernels="fast")
-    assert "model tag" in refusal(lab, model_tag="../other")
     other = tmp_path / "other.jsonl"
     other.write_text(lab.corpus.read_text()[:-1] + "\n" + json.dumps({"text": "more"}) + "\n")
     assert "the data is not what it was trained with" in refusal(lab, resume="auto", data=other)
@@ -488,6 +516,33 @@ def test_profile_writes_a_trace_and_a_missing_wandb_costs_a_line(lab: Lab) -> No
     (trace,) = lab.base.glob("runs/traced/trace.json")
     names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
     assert any("aten::" in name for name in names)
+
+
+def test_text_of_the_hub_is_downloaded_as_far_as_the_run_needs_it(lab: Lab) -> None:
+    """And a run that is continued needs no network; without one and without shards, a line says what can be done."""
+    texts = [json.loads(line)["text"] for line in lab.corpus.read_text().splitlines()]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": texts}), sink, row_group_size=50)
+    shard = sink.getvalue().to_pybytes()
+    source = SOURCES["fineweb-edu"]
+    server = HubServer(source.repo, dict.fromkeys(source.wanted(1), shard))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    flags = {"data": "fineweb-edu", "num_iterations": 3, "eval_every": -1, "resume": "auto"}
+    env = {"HF_ENDPOINT": server.endpoint, "NO_PROXY": "127.0.0.1"}
+    try:
+        status, printed = lab.train(env=env, **flags)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert status == 0, printed
+    assert "fineweb-edu: 384 tokens are read from 1 training shards" in printed
+    assert [f"{name}: " in printed for name in source.wanted(1)] == [True, True]
+    status, printed = lab.train(env=env, **flags)
+    assert status == 0, printed
+    assert "after step 3" in printed
+    flags = {"data": "climbmix", "num_iterations": 3, "model_tag": "other"}
+    assert "--data builtin needs no network" in refusal(lab, env={"HF_HUB_OFFLINE": "1"}, **flags)
+    assert "python -m vibechat.dataset --source climbmix -n" in refusal(lab, num_shards=-1, **flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,10 +41,11 @@ from vibechat.dataset import Dataset, open_dataset
 from vibechat.evaluation import Broken, FixedRows, comparison, prompts_for, write_samples
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend
-from vibechat.micro_batch import largest_micro_batch
+from vibechat.micro_batch import check_memory, largest_micro_batch
 from vibechat.report import write_run_report
 from vibechat.run_directory import Display, RunDirectory, environment, new_run_name, versions
-from vibechat.scaling import plan
+from vibechat.scaling import Plan, plan
+from vibechat.sources.hub import SOURCES
 from vibechat.tokenizer import RustBPETokenizer, default_vocab_size, get_tokenizer
 from vibechat.train_step import (
     TrainingOptimizer,
@@ -93,25 +94,35 @@ def find_start(resume: str, directory: Path) -> Start:
     return Start() if step is None else Start(step, *load_documents(directory, step))
 
 
-def find_tokenizer(vocab_size: int | None, dataset: Dataset) -> RustBPETokenizer:
-    """The tokenizer of the base directory; trained on `dataset` and saved first, if there is none.
+def find_tokenizer(vocab_size: int | None) -> RustBPETokenizer | None:
+    """The tokenizer of the base directory, if there is one.
 
-    Raises UserError if there is one of another size than `vocab_size`.
+    Raises UserError if it is of another size than `vocab_size`, or damaged.
     """
     directory = Path(get_base_dir()) / "tokenizer"
-    if directory.is_dir() and any(directory.iterdir()):
-        tokenizer = get_tokenizer()
-        size = tokenizer.get_vocab_size()
-        if vocab_size not in (None, size):
-            raise UserError(
-                f"--vocab-size {vocab_size}: the tokenizer in {directory} has {size} tokens; leave the flag out, "
-                "or remove that directory to train another"
-            )
-        return tokenizer
-    size = vocab_size or default_vocab_size()
-    print0(f"no tokenizer in {directory}: training one of {size:,} tokens on {dataset.name} first")
-    characters = 2_000_000_000 if size > 16_384 else 200_000_000
-    tokenizer = RustBPETokenizer.train_from_iterator(dataset.iter_texts("train", max_chars=characters), size)
+    if not (directory.is_dir() and any(directory.iterdir())):
+        return None
+    tokenizer = get_tokenizer()
+    size = tokenizer.get_vocab_size()
+    if vocab_size not in (None, size):
+        raise UserError(
+            f"--vocab-size {vocab_size}: the tokenizer in {directory} has {size} tokens; leave the flag out, "
+            "or remove that directory to train another"
+        )
+    return tokenizer
+
+
+def tokenizer_characters(vocab_size: int) -> int:
+    """How much text a tokenizer of that size is trained on."""
+    return 2_000_000_000 if vocab_size > 16_384 else 200_000_000
+
+
+def train_tokenizer(vocab_size: int, dataset: Dataset) -> RustBPETokenizer:
+    """A tokenizer for `dataset`, saved in the base directory."""
+    directory = Path(get_base_dir()) / "tokenizer"
+    print0(f"no tokenizer in {directory}: training one of {vocab_size:,} tokens on {dataset.name} first")
+    texts = dataset.iter_texts("train", max_chars=tokenizer_characters(vocab_size))
+    tokenizer = RustBPETokenizer.train_from_iterator(texts, vocab_size)
     tokenizer.save(str(directory))
     return tokenizer
 
@@ -161,13 +172,26 @@ class BaseRun:
 
     def _open_data(self) -> None:
         settings, meta = self.settings, self.start.meta
-        self.dataset = open_dataset(str(settings.data), val_data=settings.val_data, text_column=settings.text_column)
         if meta is None:
-            self.tokenizer = find_tokenizer(settings.vocab_size, self.dataset)
-            return
-        self._same("the data", meta["data"], self.dataset.fingerprint)
-        self.tokenizer = get_tokenizer()
-        self._same("the tokenizer", meta["tokenizer"], self.tokenizer.fingerprint())
+            tokenizer = find_tokenizer(settings.vocab_size)
+        else:
+            tokenizer = get_tokenizer()
+            self._same("the tokenizer", meta["tokenizer"], tokenizer.fingerprint())
+        size = tokenizer.get_vocab_size() if tokenizer else settings.vocab_size or default_vocab_size(settings.demo)
+        tokens = self._plan(size).tokens  # first: flags that make no run are refused before any work is done
+        self.num_shards = settings.num_shards
+        if self.num_shards is None and settings.data in SOURCES:
+            self.num_shards = SOURCES[settings.data].shards_for(tokens, 0 if tokenizer else tokenizer_characters(size))
+            print0(f"{settings.data}: {tokens:,} tokens are read from {self.num_shards:,} training shards")
+        self.dataset = open_dataset(
+            str(settings.data),
+            val_data=settings.val_data,
+            text_column=settings.text_column,
+            num_shards=-1 if self.num_shards is None else self.num_shards,
+        )
+        if meta is not None:
+            self._same("the data", meta["data"], self.dataset.fingerprint)
+        self.tokenizer = tokenizer or train_tokenizer(size, self.dataset)
 
     def _same(self, what: str, before: str, now: str) -> None:
         if before != now:
@@ -176,30 +200,35 @@ class BaseRun:
                 f"{before[:12]}); bring the old one back, or choose another --model-tag"
             )
 
-    def _build_model(self) -> None:
+    def _plan(self, vocab_size: int) -> Plan:
         settings, T = self.settings, self.settings.max_seq_len
         assert settings.depth is not None and T is not None and settings.total_batch_size is not None  # noqa: PT018
-        if T < 1 or settings.total_batch_size % T:
-            raise UserError(f"--total-batch-size {settings.total_batch_size}: must be a multiple of --max-seq-len {T}")
-        names = ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")
-        rates = {name: value for name in names if (value := getattr(settings, name)) is not None}
         try:
-            self.plan = plan(
+            return plan(
                 settings.depth,
                 sequence_len=T,
-                vocab_size=self.tokenizer.get_vocab_size(),
+                vocab_size=vocab_size,
                 total_batch_size=settings.total_batch_size,
                 num_iterations=settings.num_iterations or -1,
                 target_flops=settings.target_flops,
                 target_param_data_ratio=settings.target_param_data_ratio or -1,
-                **rates,
+                **self._rates(),
             )
         except ValueError as error:
             raise UserError(f"these flags make no run: {error}") from error
+
+    def _rates(self) -> dict[str, float]:
+        """The rates that a person said."""
+        names = ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")
+        return {name: value for name in names if (value := getattr(self.settings, name)) is not None}
+
+    def _build_model(self) -> None:
+        self.plan = self._plan(self.tokenizer.get_vocab_size())
         print0(self.plan)
+        check_memory(self.plan.num_params, self.device)
         self.model = GPT(self.plan.model_config).to(self.device)
         self.model.init_weights()
-        self.optimizers = cast(list[TrainingOptimizer], self.model.setup_optimizers(**rates))
+        self.optimizers = cast(list[TrainingOptimizer], self.model.setup_optimizers(**self._rates()))
         if self.start.meta is not None:
             if self.start.meta["model_config"] != dataclasses.asdict(self.model.config):
                 raise UserError(f"cannot continue {self.directory}: this version derives another model from its flags")
@@ -297,6 +326,7 @@ class BaseRun:
         return dataclasses.asdict(self.settings) | {
             "device_batch_size": self.B,
             "vocab_size": self.model.config.vocab_size,
+            "num_shards": self.num_shards,
             "compile": self.train_step.compiled,
         }
 

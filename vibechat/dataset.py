@@ -179,7 +179,12 @@ def _open_hub(source: hub.HubSource, num_shards: int, root: Path, cache: HashCac
     store = hub.ShardStore(source, root / source.name, cache)
     if num_shards != -1:
         with FileLock(root / f"{source.name}.lock"):  # one rank downloads, the others wait and find it done
-            hub.download(store, num_shards)
+            try:
+                hub.download(store, num_shards)
+            except UserError as error:
+                here = len(store.shards(source.wanted(-1)[:-1]))
+                hint = f"--num-shards -1 takes the {here} that are here" if here else "--data builtin needs no network"
+                raise UserError(f"{error}; {hint}") from error
     return Dataset(source.name, store.open(num_shards), notes={"revision": store.manifest()["revision"]})
 
 

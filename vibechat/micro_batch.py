@@ -35,6 +35,16 @@ def free_bytes(device: torch.device) -> int | None:
     return None
 
 
+def check_memory(num_params: int, device: torch.device) -> None:
+    """Raises UserError where the fp32 parameters, their gradients and one optimizer state a parameter cannot fit."""
+    free, needed = free_bytes(device), 12 * num_params
+    if free is not None and needed > free:
+        raise UserError(
+            f"{num_params:,} parameters need {needed / 1e9:.1f} GB with gradients and optimizer states, "
+            f"{free / 1e9:.1f} GB are free on {device}: choose a smaller --depth"
+        )
+
+
 def predicted_micro_batch(model: GPT, rows: int, free: int | None) -> int:
     """The largest power of two of rows, at least 1 and at most `rows`, that `free` bytes hold by the memory model."""
     fitting = rows

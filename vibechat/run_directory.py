@@ -39,10 +39,7 @@ class RunDirectory:
     @classmethod
     def create(cls, name: str) -> "RunDirectory":
         """A new directory `runs/<name>`, or `<name>-2` and so on if there is one; raises UserError for a bad name."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise UserError(
-                f"run name {name!r}: use letters, digits, '.', '_' and '-', and start with a letter or digit"
-            )
+        check_run_name(name)
         runs = Path(get_base_dir()) / "runs"
         runs.mkdir(exist_ok=True)
         count = 1
@@ -93,6 +90,12 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_run_name(name: str) -> None:
+    """Raises UserError for a name that is none for a directory."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"--run {name!r}: use letters, digits, '.', '_' and '-', and start with a letter or digit")
 
 
 def new_run_name(model_tag: str) -> str:

@@ -39,9 +39,9 @@ Progress = Callable[[str, int, int], object]
 """Called as (stage, done, total): ("reading", bytes, 0), then ("merging", tokens, vocabulary size)."""
 
 
-def default_vocab_size() -> int:
-    """65,536 where there is a CUDA GPU, else 8,192, which a small model can afford."""
-    return 65536 if torch.cuda.is_available() else 8192
+def default_vocab_size(small: bool = False) -> int:
+    """65,536 where there is a CUDA GPU, else (or where a model is meant to be small) 8,192, which it can afford."""
+    return 65536 if torch.cuda.is_available() and not small else 8192
 
 
 # ---------------------------------------------------------------------------------------------------------------------

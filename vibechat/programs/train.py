@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,6 +53,9 @@ class Config:
     """globs of files to validate on"""
     text_column: str = "text"
     """the column or field of --data that holds the text"""
+    num_shards: int | None = None
+    """of fineweb-edu or climbmix: training shards to use, downloaded where missing (as many as the run's tokens need);
+    -1 takes those that are here"""
     # --- Between steps; -1 turns a thing off
     eval_every: int | None = None
     """steps between measurements of validation bits per byte (250)"""
@@ -86,7 +90,20 @@ class Config:
     deterministic: bool | None = None
     """bitwise reproducible steps (always on a CPU; on a GPU at a cost in speed)"""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that no run can be made of, before anything is done about it."""
+        for name, value in vars(self).items():
+            least, bound = SMALLEST.get(name, -math.inf), math.inf if isinstance(value, float) else 2**63
+            if isinstance(value, int | float) and not least <= value < bound:
+                wanted = "a usable number" if least == -math.inf else f"at least {least}, and finite"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
 
+
+# What a number must be at least.
+SMALLEST: dict[str, int] = {
+    **dict.fromkeys(("depth", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens"), 1),
+    **dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "grad_clip", "seed"), 0),
+}
 # Where nothing was said: (with a GPU, without).
 DEFAULTS: dict[str, tuple[Any, Any]] = {
     "depth": (20, 4),
@@ -127,8 +144,11 @@ def train(config: Config) -> int:
     from vibechat.base_run import BaseRun, find_start  # late: it loads torch, and --help must not wait for that
     from vibechat.checkpoint_manager import checkpoints_dir, lock_tag
     from vibechat.common import compute_cleanup, compute_init, print0, print_banner
+    from vibechat.run_directory import check_run_name
 
     config = with_demo(config)
+    if config.run:
+        check_run_name(config.run)
     device = compute_init(device_type="" if config.device == "auto" else config.device)[-1]
     gpu = device.type == "cuda" and not config.demo
     print_banner()
@@ -154,7 +174,7 @@ def with_demo(config: Config) -> Config:
 def settle(config: Config, *, gpu: bool, before: dict[str, Any] | None) -> Config:
     """`config` with every default filled in, or taken from the checkpoint's configuration `before`.
 
-    Raises UserError if what was said is not what the checkpoint was trained with.
+    Raises UserError if what was said is not what the checkpoint was trained with, or rows do not make a batch.
     """
     from vibechat.common import UserError
 
@@ -162,15 +182,20 @@ def settle(config: Config, *, gpu: bool, before: dict[str, Any] | None) -> Confi
     for name, said in values.items():
         unsaid = said == plain[name]
         if before is not None and name not in OF_THIS_PROCESS:
-            if name in IDENTITY and not unsaid and said not in (before[name], "auto"):
+            if name in IDENTITY and not unsaid and said not in (before.get(name), "auto"):
                 raise UserError(
-                    f"--{name.replace('_', '-')} {said}: the checkpoint was trained with {before[name]}; "
+                    f"--{name.replace('_', '-')} {said}: the checkpoint was trained with {before.get(name)}; "
                     "leave it out, or choose another --model-tag"
                 )
-            values[name] = before[name] if unsaid or name in IDENTITY else said
+            values[name] = before.get(name) if unsaid or name in IDENTITY else said
         elif said is None and name in DEFAULTS:
             values[name] = DEFAULTS[name][0 if gpu else 1]
     other_length = config.target_flops > 0 or (config.target_param_data_ratio or -1) > 0
     if before is None and config.num_iterations is None and other_length:
         values["num_iterations"] = -1
+    if values["total_batch_size"] % values["max_seq_len"]:
+        raise UserError(
+            f"--total-batch-size {values['total_batch_size']}: must be a multiple of --max-seq-len "
+            f"{values['max_seq_len']}, the tokens of a row"
+        )
     return Config(**values)

@@ -12,6 +12,7 @@ work as everywhere. Its `hf_hub_download` is not used because it discards a part
 import contextlib
 import errno
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -38,6 +39,9 @@ from vibechat.sources.shards import (
 T = TypeVar("T")
 
 ATTEMPTS = 5
+# How much text there is: in a shard of about 100 MB, and in a token of a vocabulary of 65,536.
+CHARACTERS_PER_SHARD = 250e6
+CHARACTERS_PER_TOKEN = 5.0
 RESERVED_BYTES = 1 << 30  # of the disk, left free for what else a run writes
 
 
@@ -59,6 +63,11 @@ class HubSource:
         if not (count == -1 or 1 <= count <= training):
             raise UserError(f"{self.name} has {training:,} training shards: ask for 1 to {training}, or -1 for all")
         return [self.file(index) for index in range(training if count == -1 else count)] + [self.file(training)]
+
+    def shards_for(self, tokens: float, characters: float = 0) -> int:
+        """How many training shards hold so many tokens, and so many characters; all of them, where they hold less."""
+        wanted = max(tokens * CHARACTERS_PER_TOKEN, characters) / CHARACTERS_PER_SHARD
+        return min(max(1, math.ceil(wanted)), self.shards - 1)
 
 
 SOURCES = {
@@ -229,8 +238,8 @@ def _check_disk(store: ShardStore, wanted: dict[str, tuple[int, str]]) -> None:
     free = shutil.disk_usage(store.directory).free - RESERVED_BYTES
     if needed > free:
         raise UserError(
-            f"{store.directory}: {len(wanted):,} shards need {needed / 1e9:.1f} GB, the disk has "
-            f"{max(free, 0) / 1e9:.1f} to spare; ask for fewer with -n, or set VIBECHAT_BASE_DIR to a larger disk"
+            f"{store.directory}: {len(wanted):,} shards need {needed / 1e9:.1f} GB, {max(free, 0) / 1e9:.1f} are "
+            "to spare on the disk; ask for fewer (-n, --num-shards), or set VIBECHAT_BASE_DIR to a larger disk"
         )
 
 
