@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import vibechat
+from vibechat import common
 from vibechat.programs import doctor
 from vibechat.programs.doctor import Examination, examine, main, memory_bytes, print_page, verdict
 
@@ -45,7 +46,7 @@ def test_this_machine_can_train(capsys: pytest.CaptureFixture[str], base_dir: Pa
         str(base_dir),
     ):
         assert words in page
-    for label in ("Triton", "GPU", "dtype", "memory", "disk free", "sandbox", "tokenizer", "C++ compiler", "CPU"):
+    for label in ("Triton", "GPU", "dtype", "memory", "disk free", "sandbox", "tokenizer", "torch.compile", "CPU"):
         assert f"\n  {label}" in page
     assert "This machine can train" in page
     assert "please report this" not in page
@@ -137,13 +138,17 @@ def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exam.facts["Compute"]["attention"].startswith("scaled_dot_product_attention (")
 
 
-def test_what_torch_compile_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+def test_what_torch_compile_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "compile_obstacle", lambda device: None)
     exam = Examination()
-    doctor.examine_cpu(exam)
-    assert "no C++ compiler" in whats(exam, "warning")
-    assert "no Python headers" in whats(exam, "warning")
+    doctor.examine_torch(exam)
+    assert exam.facts["Compute"]["torch.compile"] == "can be used"
+    assert "torch.compile" not in whats(exam, "warning")
+    monkeypatch.setattr(common, "compile_obstacle", lambda device: "no C++ compiler was found")
+    exam = Examination()
+    doctor.examine_torch(exam)
+    assert exam.facts["Compute"]["torch.compile"] == "cannot be used: no C++ compiler was found"
+    assert "torch.compile cannot be used: no C++ compiler was found" in whats(exam, "warning")
 
 
 @pytest.mark.parametrize(("module", "severity"), [("safetensors", "error"), ("matplotlib", "warning")])

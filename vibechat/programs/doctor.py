@@ -12,7 +12,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -189,10 +188,10 @@ def _why_no_gpu(exam: Examination, built_for_gpu: bool) -> str:
 
 
 def _examine_choices(exam: Examination) -> None:
-    """What vibechat itself decides here: device, dtype, kernels, attention."""
+    """What vibechat itself decides here: device, dtype, compilation, kernels, attention."""
     import torch
 
-    from vibechat.common import UserError, autodetect_device_type, compute_dtype
+    from vibechat.common import UserError, autodetect_device_type, compile_obstacle, compute_dtype
 
     device = torch.device(autodetect_device_type())
     try:
@@ -205,6 +204,10 @@ def _examine_choices(exam: Examination) -> None:
         exam.find(
             "note", "this CPU does not multiply bfloat16 natively: training runs in float32", "nothing to be done"
         )
+    obstacle = compile_obstacle(device)
+    exam.note("Compute", "torch.compile", f"cannot be used: {obstacle}" if obstacle else "can be used")
+    if obstacle:
+        exam.find("warning", f"torch.compile cannot be used: {obstacle}", "training works without it, slower")
     exam.note("Compute", "attention", _attention(device.type))
     try:
         choices = importlib.import_module("vibechat.kernels").backend_table(device, dtype)
@@ -237,7 +240,7 @@ def _attention(device_type: str) -> str:
 
 
 def examine_cpu(exam: Examination) -> None:
-    """Cores, instruction sets, memory, and what torch.compile needs."""
+    """Cores, instruction sets and memory."""
     exam.note("Compute", "CPU", f"{cpu_name()}, {available_cores()} of {os.cpu_count()} cores")
     flags = cpu_flags()
     wanted = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-bf16", "avx512f": "AVX512", "avx2": "AVX2"}
@@ -252,16 +255,6 @@ def examine_cpu(exam: Examination) -> None:
             exam.find(
                 "warning", "less than 2 GiB of memory is free", "close something, or train a smaller model (--depth 2)"
             )
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++") or shutil.which("cl")
-    headers = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
-    exam.note("Software", "C++ compiler", compiler or "none")
-    exam.note("Software", "Python headers", "present" if headers else "missing")
-    if not compiler:
-        exam.find("warning", "no C++ compiler: torch.compile cannot speed up the CPU", "apt install g++, or the like")
-    if not headers:
-        exam.find(
-            "warning", "no Python headers: torch.compile may fail on the CPU", "apt install python3-dev, or the like"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
