@@ -69,3 +69,9 @@ def test_blocked_attention_is_for_compiled_training_on_a_cpu() -> None:
     with torch.no_grad():
         torch.compile(probe, backend="eager")(q)
     assert taken == [True, False]
+
+
+def test_a_run_can_say_what_attends() -> None:
+    assert "blocked matmuls up to 1024 tokens" in attention.attention_backend(torch.device("cpu"))
+    assert attention.attention_backend(torch.device("cuda")).startswith("scaled_dot_product_attention (")
+    assert attention.attention_backend(torch.device("mps")) == "scaled_dot_product_attention"

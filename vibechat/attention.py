@@ -47,8 +47,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_backend(device: torch.device) -> str:
-    """What `attend` runs in training on this device, for the table that a run prints."""
-    return f"blocked matmuls up to T = {LONGEST_BLOCKED}, then SDPA" if device.type == "cpu" else "SDPA"
+    """What `attend` runs in training on this device, in the words of the table that a run begins with."""
+    sdpa = "scaled_dot_product_attention"
+    if device.type == "cpu":
+        return f"blocked matmuls up to {LONGEST_BLOCKED} tokens where compiled, else {sdpa}"
+    if device.type != "cuda":
+        return sdpa
+    cuda = torch.backends.cuda
+    enabled = {
+        "cuDNN": cuda.cudnn_sdp_enabled(),
+        "flash": cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+    }
+    return f"{sdpa} ({', '.join(name for name, on in enabled.items() if on) or 'unfused'})"
 
 
 def _blocked_is_faster(q: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from vibechat.attention import attention_backend
 from vibechat.checkpoint_manager import (
     check_free_disk,
     checkpoint_bytes,
@@ -169,6 +170,7 @@ class BaseRun:
         print0(f"device {self.device}, compute dtype {str(dtype).removeprefix('torch.')}; kernels:")
         for choice in table:
             print0(f"  {choice.op:<21} {choice.backend:<7} {choice.reason}")
+        print0(f"  {'attention':<21} torch   {attention_backend(self.device)}")
 
     def _open_data(self) -> None:
         settings, meta = self.settings, self.start.meta

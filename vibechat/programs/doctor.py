@@ -191,6 +191,7 @@ def _examine_choices(exam: Examination) -> None:
     """What vibechat itself decides here: device, dtype, compilation, kernels, attention."""
     import torch
 
+    from vibechat.attention import attention_backend
     from vibechat.common import UserError, autodetect_device_type, compile_obstacle, compute_dtype
 
     device = torch.device(autodetect_device_type())
@@ -208,7 +209,7 @@ def _examine_choices(exam: Examination) -> None:
     exam.note("Compute", "torch.compile", f"cannot be used: {obstacle}" if obstacle else "can be used")
     if obstacle:
         exam.find("warning", f"torch.compile cannot be used: {obstacle}", "training works without it, slower")
-    exam.note("Compute", "attention", _attention(device.type))
+    exam.note("Compute", "attention", attention_backend(device))
     try:
         choices = importlib.import_module("vibechat.kernels").backend_table(device, dtype)
     except ImportError:
@@ -222,21 +223,6 @@ def _examine_choices(exam: Examination) -> None:
     for index, (backend, names) in enumerate(ops.items()):
         which = "every op" if len(ops) == 1 else ", ".join(names)
         exam.note("Compute", "kernels" if index == 0 else f"kernels {index + 1}", f"{backend}: {which}")
-
-
-def _attention(device_type: str) -> str:
-    """What scaled_dot_product_attention may choose from."""
-    import torch
-
-    if device_type != "cuda":
-        return "scaled_dot_product_attention"
-    cuda = torch.backends.cuda
-    enabled = {
-        "cuDNN": cuda.cudnn_sdp_enabled(),
-        "flash": cuda.flash_sdp_enabled(),
-        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
-    }
-    return f"scaled_dot_product_attention ({', '.join(name for name, on in enabled.items() if on) or 'unfused'})"
 
 
 def examine_cpu(exam: Examination) -> None:
