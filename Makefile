@@ -32,8 +32,9 @@ demo: setup ## train a small GPT on text that this machine has: minutes, no GPU,
 train: setup ## train on your terms: make train DEPTH=12 ARGS='--data "my/*.txt"'
 	$(RUN) python scripts/train.py --depth $(DEPTH) $(ARGS)
 
-test: setup ## run every test
+test: setup ## run every test; then the kernels again, in Triton's interpreter
 	$(RUN) pytest -n 2 --dist loadgroup tests $(ARGS)
+	TRITON_INTERPRET=1 $(RUN) pytest -n 2 tests/interpreted
 	cargo test --quiet --release --manifest-path rustbpe/Cargo.toml
 
 check: setup ## ruff, mypy, cargo fmt, cargo clippy

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vibechat import kernels
-from vibechat.kernels import backend
+from vibechat.kernels import backend, tuning
 from vibechat.kernels.linear_cross_entropy import _GradientsInBackward, _Loss, reference, rows_per_chunk
 from vibechat.kernels.newton_schulz import POLAR_EXPRESS
 
@@ -291,6 +292,7 @@ def test_newton_schulz_takes_stacks_and_any_scale(dtype: torch.dtype) -> None:
 @pytest.fixture(autouse=True)
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_requested", {})
+    monkeypatch.setattr(backend, "_decided", {})
     monkeypatch.delenv("VIBECHAT_KERNELS", raising=False)
 
 
@@ -308,7 +310,14 @@ def test_a_kernel_is_taken_where_it_does_not_refuse(monkeypatch: pytest.MonkeyPa
         return None if dtype == torch.bfloat16 else f"not in {dtype}"
 
     monkeypatch.setitem(backend.triton_refusals, "rms_norm", refusal)
-    assert kernels.choose("rms_norm", CPU, torch.bfloat16) == ("rms_norm", "triton", "fastest measured")
+    times = {"bfloat16": {"kernel": 2.0, "eager": 6.0, "compiled": 3.0}}
+    monkeypatch.setattr(tuning, "_table", lambda device: {"ops": {"rms_norm": times}})
+    fastest = "the kernel measured 3.00x eager and 1.50x compiled"
+    assert kernels.choose("rms_norm", CPU, torch.bfloat16) == ("rms_norm", "triton", fastest)
+    times["bfloat16"]["compiled"] = 1.0
+    assert kernels.choose("rms_norm", CPU, torch.bfloat16).backend == "torch", "it beats eager alone"
+    times.clear()
+    assert "never measured" in kernels.choose("rms_norm", CPU, torch.bfloat16).reason
     assert kernels.choose("rms_norm", CPU, torch.float32) == ("rms_norm", "torch", "not in torch.float32")
     kernels.set_backend("torch")
     assert kernels.choose("rms_norm", CPU, torch.bfloat16).reason == "asked for"
@@ -328,3 +337,44 @@ def test_the_environment_is_asked_once_nothing_else_was(monkeypatch: pytest.Monk
 def test_an_unknown_backend_or_op_is_named(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernels.set_backend(spec)
+
+
+def test_triton_alone_means_every_op_that_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(backend.triton_refusals, "newton_schulz", raising=False)
+    kernels.set_backend("triton")
+    assert backend.requested_backend("rms_norm") == "triton"
+    assert kernels.choose("newton_schulz", CPU, torch.float32).reason == "this version has no kernel for it"
+    kernels.set_backend("newton_schulz=triton")
+    with pytest.raises(ValueError, match="newton_schulz=triton cannot run"):
+        kernels.choose("newton_schulz", CPU, torch.float32)
+
+
+def test_on_a_cpu_the_reference_is_called_whatever_was_asked_for() -> None:
+    kernels.set_backend("triton")
+    x = randn(2, 3, 8, dtype=torch.float32).requires_grad_()
+    assert "vibechat" not in str(kernels.rms_norm(x).grad_fn).lower()
+    with pytest.raises(ValueError, match="rms_norm=triton cannot run on cpu"):
+        kernels.choose("rms_norm", CPU, torch.float32)
+
+
+def test_measurements_are_found_by_the_name_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert tuning.device_slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    assert tuning.device_slug("AMD Instinct MI300X") == "instinct-mi300x"
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(tuning, "SHIPPED", shipped)
+    assert tuning.read_table("h200") == {}
+    (shipped / "h200.json").write_text('{"configs": {"a": {"1024": [1, 2]}}}')
+    assert tuning.read_table("h200")["configs"] == {"a": {"1024": [1, 2]}}
+    own = tuning.cached_file("h200")
+    own.parent.mkdir(parents=True)
+    own.write_text('{"configs": {}}')
+    assert tuning.read_table("h200") == {"configs": {}}, "this machine's own come first"
+
+
+def test_a_tuned_configuration_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_table", lambda device: {"configs": {"rms_norm_forward": {"2048": [4, 8]}}})
+    tuning.tuned_config.cache_clear()
+    assert tuning.tuned_config("rms_norm_forward", 2048, CPU) == tuning.Config(rows=4, warps=8)
+    assert tuning.tuned_config("rms_norm_forward", 1024, CPU) is None
+    tuning.tuned_config.cache_clear()

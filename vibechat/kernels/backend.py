@@ -1,16 +1,22 @@
 """Which implementation of an op runs: `auto`, `triton` or `torch`, per op, device and dtype.
 
 `torch` is the plain-PyTorch reference, `triton` the kernel. `auto` takes the kernel where one exists, the hardware can
-run it and it measured faster, else the reference. On a CPU the reference is always called directly, not through a
-custom op, so that Inductor can fuse it with what stands around it. `--kernels` and `$VIBECHAT_KERNELS` set it, as one
-word for all ops or with exceptions: `auto,relu2_mlp=torch`.
+run it and it measured faster on this device than the reference both eager and compiled (see `tuning`), else the
+reference: a kernel that nobody timed here is never chosen silently. On a CPU the reference is always called directly,
+not through a custom op, so that Inductor can fuse it with what stands around it. `--kernels` and `$VIBECHAT_KERNELS`
+set it, as one word for all ops (`triton`: wherever there is a kernel) or with exceptions: `auto,relu2_mlp=torch`.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from vibechat.kernels import tuning
+from vibechat.kernels.language import INTERPRETING, triton
 
 OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "relu2_mlp", "linear_cross_entropy", "newton_schulz")
 BACKENDS = ("auto", "triton", "torch")
@@ -19,7 +25,9 @@ BACKENDS = ("auto", "triton", "torch")
 # A kernel's file fills its own entry in.
 triton_refusals: dict[str, Callable[[torch.device, torch.dtype], str | None]] = {}
 
-_requested: dict[str, str] = {}  # op -> backend asked for; empty until first asked
+_requested: dict[str, str] = {}  # op -> backend asked for by set_backend; empty before
+_decided: dict[tuple[str, str | None, torch.device, torch.dtype], bool] = {}  # what takes_kernel found out
+_said: set[tuple[str, str]] = set()  # fallbacks that have had their line
 
 
 class Choice(NamedTuple):
@@ -33,9 +41,15 @@ class Choice(NamedTuple):
 def set_backend(spec: str) -> None:
     """Ask for backends: one of `auto`, `triton`, `torch`, optionally with exceptions, `auto,rms_norm=torch`.
 
+    `triton` alone means every op that has a kernel; `op=triton` insists on that one.
+
     Raises:
         ValueError: naming the word that is no backend or no op.
     """
+    _requested.update(_parse(spec))
+
+
+def _parse(spec: str) -> dict[str, str]:
     default, exceptions = "auto", {}
     for word in filter(None, (part.strip() for part in spec.split(","))):
         op, _, backend = word.rpartition("=")
@@ -47,14 +61,13 @@ def set_backend(spec: str) -> None:
             exceptions[op] = backend
         else:
             default = backend
-    _requested.update(dict.fromkeys(OPS, default) | exceptions)
+    without_kernel = [op for op in OPS if default == "triton" and op not in triton_refusals]
+    return dict.fromkeys(OPS, default) | dict.fromkeys(without_kernel, "auto") | exceptions
 
 
 def requested_backend(op: str) -> str:
     """The backend that was asked for, before anything about the hardware is known."""
-    if not _requested:
-        set_backend(os.environ.get("VIBECHAT_KERNELS", "auto"))
-    return _requested[op]
+    return (_requested or _parse(os.environ.get("VIBECHAT_KERNELS", "auto")))[op]
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
@@ -67,13 +80,74 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     if requested == "torch":
         return Choice(op, "torch", "asked for")
     refusal = triton_refusals[op](device, dtype) if op in triton_refusals else "this version has no kernel for it"
-    if refusal is None:
-        return Choice(op, "triton", "asked for" if requested == "triton" else "fastest measured")
+    if refusal is None and requested == "triton":
+        return Choice(op, "triton", "asked for")
     if requested == "triton":
         raise ValueError(f"kernels: {op}=triton cannot run on {device.type} in {dtype}: {refusal}; use auto or torch")
-    return Choice(op, "torch", refusal)
+    if refusal is not None:
+        return Choice(op, "torch", refusal)
+    speed = tuning.measured(op, device, dtype)
+    if speed is None:
+        return Choice(op, "torch", "the kernel was never measured on this device (--kernels triton takes it)")
+    verdict = f"the kernel measured {speed.against_eager:.2f}x eager and {speed.against_compiled:.2f}x compiled"
+    return Choice(op, "triton" if speed.kernel_wins else "torch", verdict)
 
 
 def backend_table(device: torch.device, dtype: torch.dtype) -> list[Choice]:
     """One choice per op, in the order of OPS."""
     return [choose(op, device, dtype) for op in OPS]
+
+
+def takes_kernel(op: str, x: Tensor) -> bool:
+    """Whether `op` runs its Triton kernel on a tensor like x: what each op asks first, for two dictionary look-ups.
+
+    Under torch.compile the answer is a constant of the graph, guarded by the request, so that it breaks no graph and
+    a later set_backend compiles anew.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    if x.is_cpu and not INTERPRETING:
+        return False
+    return _decide(op, _requested.get(op), x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _decide(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> bool:
+    decided = _decided.get((op, requested, device, dtype))
+    if decided is None:
+        decided = choose(op, device, dtype).backend == "triton"
+        _decided[op, requested, device, dtype] = decided
+    return decided
+
+
+@torch.compiler.assume_constant_result
+def say_fallback(op: str, why: str) -> None:
+    """Say once that a kernel was chosen but cannot take these arguments, so that plain PyTorch runs."""
+    if (op, why) not in _said:
+        _said.add((op, why))
+        warnings.warn(f"kernels: {op}: {why}: plain PyTorch runs instead", stacklevel=2)
+
+
+def hardware_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel of this package can run there, or None: what every op's refusal has in common."""
+    if triton is None:
+        return "Triton is not installed"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"not in {dtype}"
+    if device.type == "cpu":
+        return None if INTERPRETING else "on a CPU Inductor fuses plain PyTorch"
+    if device.type != "cuda":
+        return f"Triton does not run on {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0"
+    return None
+
+
+def count_no_flops(*ops: torch._ops.OpOverloadPacket) -> None:
+    """Let FlopCounterMode count an op as it counts the op's reference, which has no matmul: an MFU is the same with
+    and without kernels."""
+    if triton is not None:  # without it the import prints a warning
+        from torch.utils.flop_counter import register_flop_formula
+
+        register_flop_formula(list(ops))(lambda *shapes, **_: 0)

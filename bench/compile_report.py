@@ -1,0 +1,130 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, occupancy, wide loads.
+
+`python -m bench.compile_report` prints the table for sm_90 beside what each op must move and what eager PyTorch moves;
+`--target sm_80` (or sm_100, sm_120, gfx942, all) compiles for others; `--write` makes the sm_90 table the budget in
+vibechat/kernels/budgets.json, so that a change of a kernel shows as a diff of it. Tests hold every kernel to it.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from bench.compile_only import HOPPER_BLOCK_BYTES, TARGETS, Statistics, compile_only, statistics
+from bench.cost_table import cost_lines
+from bench.shapes import MODELS, Launch, launches
+from vibechat.kernels.tuning import Config
+
+BUDGETS = Path("vibechat/kernels/budgets.json")
+
+
+class Compiled(NamedTuple):
+    """A kernel that was compiled, under the name that it has in the budgets."""
+
+    name: str
+    kernel: Any
+
+
+def name_of(launch: Launch, config: Config) -> str:
+    """The key of a specialization in the budgets."""
+    return f"{launch.kernel} {launch.width} rows={config.rows} warps={config.warps}"
+
+
+def all_launches() -> list[Launch]:
+    """Every kernel at every model's shapes, each specialization once: models of one block width share theirs."""
+    found: dict[tuple[str, int], Launch] = {}
+    for model in MODELS:
+        for launch in launches(model, 16, "meta"):
+            found.setdefault((launch.kernel, launch.width), launch)
+    return list(found.values())
+
+
+def compile_launch(launch: Launch, config: Config, target: str = "sm_90") -> Compiled:
+    """The kernel of a launch, compiled for a target and not run."""
+    with compile_only(TARGETS[target]) as kernels:
+        launch.run(config)
+    assert len(kernels) == 1, f"{launch.kernel} launches {len(kernels)} kernels"
+    return Compiled(name_of(launch, config), kernels[0])
+
+
+def faults(name: str, found: Statistics) -> list[str]:
+    """What is wrong with a kernel for sm_90 whatever its budget says."""
+    wrong = []
+    if found.stack or found.spills:
+        wrong.append(f"{name}: {found.stack} bytes of stack and {found.spills} accesses to it: registers spill")
+    if found.shared > HOPPER_BLOCK_BYTES:
+        wrong.append(f"{name}: {found.shared} bytes of shared memory, {HOPPER_BLOCK_BYTES} can be had")
+    return wrong
+
+
+def read_budgets() -> dict[str, Any]:
+    """The budgets file: the Triton that made it, and per kernel its statistics."""
+    return json.loads(BUDGETS.read_text(encoding="utf-8"))
+
+
+def _nvidia(target: str) -> Iterator[tuple[str, Statistics]]:
+    for launch in all_launches():
+        for config in launch.configs:
+            name, kernel = compile_launch(launch, config, target)
+            yield name, statistics(kernel)
+
+
+def _report_nvidia(target: str) -> dict[str, Statistics]:
+    print(f"\n{target}\n{'kernel':<48}" + "".join(f"{field:>12}" for field in Statistics._fields))
+    table = {}
+    for name, found in _nvidia(target):
+        print(f"{name:<48}" + "".join(f"{value:>12}" for value in found))
+        table[name] = found
+    return table
+
+
+def _report_amd(target: str) -> None:
+    print(f"\n{target}\n{'kernel':<48}{'binary bytes':>14}{'shared':>12}")
+    for launch in all_launches():
+        for config in launch.configs:
+            name, kernel = compile_launch(launch, config, target)
+            print(f"{name:<48}{len(kernel.asm['hsaco']):>14}{kernel.metadata.shared:>12}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables that were asked for; 1 if a kernel is at fault on sm_90."""
+    parser = argparse.ArgumentParser(description="compile every kernel without a GPU and say what came out")
+    parser.add_argument("--target", choices=(*TARGETS, "all"), default="sm_90")
+    parser.add_argument("--write", action="store_true", help=f"write the sm_90 table to {BUDGETS}")
+    args = parser.parse_args(argv)
+    targets = list(TARGETS) if args.target == "all" else [args.target]
+    print(f"triton {triton.__version__}, torch {torch.__version__}, {platform.machine()}; compiled, not run")
+    wrong: list[str] = []
+    for target in targets:
+        start = time.perf_counter()
+        if target.startswith("gfx"):
+            _report_amd(target)
+        else:
+            table = _report_nvidia(target)
+            if target == "sm_90":
+                wrong = [fault for name, found in table.items() for fault in faults(name, found)]
+                if args.write:
+                    write_budgets(table)
+        print(f"{target}: {time.perf_counter() - start:.1f} s")
+    print("\n" + "\n".join(cost_lines()))
+    for fault in wrong:
+        print(f"error: {fault}")
+    return bool(wrong)
+
+
+def write_budgets(table: dict[str, Statistics]) -> None:
+    """Make these statistics the budget."""
+    rows = {name: found._asdict() for name, found in sorted(table.items())}
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    text = f'{{\n  "triton": "{triton.__version__}",\n  "target": "sm_90",\n  "kernels": {{\n{lines}\n  }}\n}}\n'
+    BUDGETS.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

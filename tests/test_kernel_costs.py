@@ -1,0 +1,50 @@
+"""The bytes and FLOPs that an op's docstring claims are the ones that benchmarks report against."""
+
+import importlib
+import re
+
+import pytest
+
+from vibechat.kernels.cost import norm_cost, qk_norm_rope_cost
+
+
+def claimed(op: str, backward: bool) -> int:
+    """Passes over the op's tensors, as its docstring says: "op  forward 2 N C b + ...  backward 3 N C b + ..."."""
+    text = importlib.import_module(f"vibechat.kernels.{op.removeprefix('add_')}").__doc__
+    found = re.search(rf"^ +{op} +forward (\d) N .*? backward (\d) N ", text, re.MULTILINE)
+    assert found is not None
+    return int(found[1 + backward])
+
+
+def flops_claimed(file: str, backward: bool) -> int:
+    text = importlib.import_module(f"vibechat.kernels.{file}").__doc__
+    found = re.search(r"FLOPs: (\d+) N.*? forward and (\d+) N", text)
+    assert found is not None
+    return int(found[1 + backward])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+def test_norms(op: str, backward: bool) -> None:
+    residual = op == "add_rms_norm"
+    cost = norm_cost(100, 64, 2, residual=residual, backward=backward)
+    assert cost.bytes == claimed(op, backward) * 100 * 64 * 2 + 4 * 100
+    assert cost.flops == (flops_claimed("rms_norm", backward) + residual) * 100 * 64
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_qk_norm_rope(backward: bool) -> None:
+    cost = qk_norm_rope_cost(3, 5, 6, 16, 2, backward=backward)
+    elements = 3 * 5 * 6 * 16
+    tables = 8 * 5 * 16 // 2
+    assert cost.bytes == claimed("qk_norm_rope", backward) * elements * 2 + 4 * elements // 16 + tables
+    assert cost.flops == flops_claimed("qk_norm_rope", backward) * elements
+
+
+def test_at_the_shapes_of_a_d26_step() -> None:
+    """65,536 rows of 1,664 channels in bfloat16: one pass is 208 MiB."""
+    one = 65_536 * 1664 * 2
+    assert norm_cost(65_536, 1664, 2).bytes == 2 * one + 4 * 65_536
+    assert norm_cost(65_536, 1664, 2, residual=True, backward=True).bytes == 4 * one + 4 * 65_536
+    rope = qk_norm_rope_cost(32, 2048, 26, 128, 2)
+    assert 4 * one < rope.bytes < 4.05 * one
