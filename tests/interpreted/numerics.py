@@ -44,10 +44,10 @@ def assert_no_worse(ours: Tensor, eager: Tensor, truth: Tensor) -> None:
     assert torch.isfinite(ours).all(), "something was not written, or not finite"
     eps = torch.finfo(eager.dtype).eps
     mine, other, truth = ours.double() - truth, eager.double() - truth, truth.double()
-    rounding = (0.5 if eager.dtype == torch.float32 else 0.2) * eps
-    bound = 1.5 * max(other.norm().item(), rounding * truth.norm().item())
+    everywhere, anywhere = (1.0, 1.0) if eager.dtype == torch.float32 else (0.2, 0.25)  # of eps
+    bound = 1.5 * max(other.norm().item(), everywhere * eps * truth.norm().item())
     assert mine.norm() <= bound, f"L2 error {mine.norm():.3e} against eager's {other.norm():.3e}"
-    largest = 3 * max(other.abs().max().item(), eps / 4 * truth.abs().max().item())
+    largest = 3 * max(other.abs().max().item(), anywhere * eps * truth.abs().max().item())
     assert mine.abs().max() <= largest, f"largest error {mine.abs().max():.3e}, eager's {other.abs().max():.3e}"
 
 

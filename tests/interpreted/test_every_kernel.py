@@ -73,8 +73,13 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(c.custom, (*leaves(c), *c.rest, EPS))
 
 
-@every_op
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [
+        *((name, "aot_eager") for name in ("rms_norm", "add_rms_norm", "qk_norm_rope")),
+        pytest.param("qk_norm_rope", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_no_graph_break_forward_or_backward(name: str, compiler: str) -> None:
     c = case(name, torch.float32)
 

@@ -1,0 +1,165 @@
+"""Timing of one op: seconds with their spread, peak extra memory, and the ceilings that a share is of.
+
+On a GPU each iteration is timed by events on the device, on inputs that rotate past the L2 cache; on a CPU by the
+clock. Inputs are random, never zeros, which multiply faster than anything that a model computes.
+"""
+
+import gc
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vibechat.kernels.tuning import device_slug
+
+L2_BYTES = 128 * 2**20  # more than the L2 of any GPU that we know, so that inputs of an iteration come from memory
+
+
+class Timing(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    low: float
+    """the fifth part is faster"""
+    high: float
+    """the fifth part is slower"""
+
+
+def summarize(seconds: Sequence[float]) -> Timing:
+    """Median and the 20th and 80th percentile."""
+    ordered = sorted(seconds)
+    at = [ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8)]
+    return Timing(statistics.median(ordered), *at)
+
+
+def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, budget_seconds: float = 0.25) -> Timing:
+    """Time calls that do the same on different inputs, in turn, for about `budget_seconds` after a warm-up."""
+    for call in calls:
+        call()
+    start = time.perf_counter()
+    _synchronize(device)
+    for call in calls:
+        call()
+    _synchronize(device)
+    estimate = (time.perf_counter() - start) / len(calls)
+    count = max(5, min(200, int(budget_seconds / max(estimate, 1e-7))))
+    turn = itertools.islice(itertools.cycle(calls), count)
+    if device.type != "cuda":
+        seconds = []
+        for call in turn:
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return summarize(seconds)
+    marks = []
+    for call in turn:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        marks.append((begin, end))
+    torch.cuda.synchronize()
+    return summarize([begin.elapsed_time(end) / 1e3 for begin, end in marks])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Device memory that a call needs beyond what was there before, or None where nobody counts it."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak
+
+
+class Ceilings(NamedTuple):
+    """What the device reaches on the simplest work, measured in the same run."""
+
+    copy_bytes_per_second: float
+    matmul_flops_per_second: float
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Ceilings:
+    """A copy of a large tensor (read and write counted) and a large square matmul."""
+    large = device.type == "cuda"
+    source = torch.randn((512 if large else 16) * 2**18, device=device)  # 512 MiB, or 16
+    target = torch.empty_like(source)
+    copy = time_calls([lambda: target.copy_(source)], device)
+    size = 8192 if large else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    matmul = time_calls([lambda: a @ b], device, budget_seconds=0.5)
+    return Ceilings(2 * source.nbytes / copy.median, 2 * size**3 / matmul.median)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its vendor names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def results_directory(device: torch.device) -> Path:
+    """$OUT if it is set, else bench/results/<device>/."""
+    folder = device_slug(device_name(device)) if device.type == "cuda" else "cpu"
+    directory = Path(os.environ["OUT"]) if "OUT" in os.environ else Path(__file__).parent / "results" / folder
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a number needs beside it: commit, command, device, versions, time."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "device": device_name(device),
+        "commit": os.environ.get("COMMIT") or described.stdout.strip() or "unknown",
+        "command": " ".join(sys.argv),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+class ResultFile:
+    """A JSON file that is whole after every row: rows survive a run that is cut off."""
+
+    def __init__(self, path: Path, device: torch.device, ceilings: Ceilings) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {**provenance(device), "ceilings": ceilings._asdict(), "rows": []}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row and publish."""
+        self.content["rows"].append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Publish the file by rename."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)

@@ -1,0 +1,177 @@
+"""The benchmark of the kernels: what it times, what it writes down, how it is rendered. No times are asserted."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import ceilings, report, step_profile, tune
+from bench.cases import IMPLEMENTATIONS, OPS, PASSES, Case, all_cases, calls_of, cost_of
+from bench.measure import Ceilings, ResultFile, Timing, provenance, results_directory, summarize, time_calls
+from bench.shapes import MODELS, Model
+from vibechat.kernels import tuning
+from vibechat.kernels.cost import norm_cost, qk_norm_rope_cost
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def test_the_models_are_those_of_the_scaling_rule() -> None:
+    assert (Model(12, 768, 6), Model(20, 1280, 10), Model(26, 1664, 13)) == MODELS
+
+
+def test_median_and_spread() -> None:
+    assert summarize([3.0, 1.0, 2.0, 100.0, 4.0]) == Timing(median=3.0, low=2.0, high=4.0)
+    assert summarize([5.0]) == Timing(5.0, 5.0, 5.0)
+
+
+def test_every_input_takes_its_turn() -> None:
+    called: list[int] = []
+    timing = time_calls([lambda i=i: called.append(i) for i in range(3)], CPU, budget_seconds=0.0)
+    assert called == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]  # warm-up, estimate, then at least five
+    assert timing.low <= timing.median <= timing.high
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("direction", PASSES)
+def test_a_case_runs_and_gives_what_the_pass_gives(op: str, direction: str) -> None:
+    calls = calls_of(Case(op, "eager", Model(1, 128, 1), 1, 4, direction), CPU)
+    assert len(calls) == 2
+    results = [call() for call in calls]
+    for result in results:
+        flat = [result] if isinstance(result, torch.Tensor) else result
+        assert len(flat) == (1 if op == "rms_norm" else 2)
+        assert all(torch.isfinite(x).all() and x.abs().max() > 0 for x in flat)
+    first, second = (r if isinstance(r, torch.Tensor) else r[0] for r in results)
+    assert not torch.equal(first, second), "the inputs are the same"
+
+
+def test_the_suite_is_ops_times_implementations_times_shapes_times_passes() -> None:
+    cases = list(all_cases(CPU))
+    assert {case.op for case in cases} == set(OPS)
+    assert {case.direction for case in cases} == set(PASSES)
+    assert {case.implementation for case in cases} == {"eager", "compiled"} < set(IMPLEMENTATIONS)
+    assert len({case.name for case in cases}) == len(cases)
+
+
+def test_costs_are_the_docstrings() -> None:
+    model = Model(12, 768, 6)
+    forward = norm_cost(2 * 16, 768, 2, residual=True)
+    backward = norm_cost(2 * 16, 768, 2, residual=True, backward=True)
+    assert cost_of(Case("add_rms_norm", "ours", model, 2, 16, "forward")) == forward
+    assert cost_of(Case("add_rms_norm", "ours", model, 2, 16, "both")).bytes == forward.bytes + backward.bytes
+    rope = cost_of(Case("qk_norm_rope", "ours", model, 2, 16, "backward"))
+    assert rope == qk_norm_rope_cost(2, 16, 12, 128, 2, backward=True)
+
+
+def test_rows_survive_a_run_that_is_cut_off(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path / "rows.json", CPU, Ceilings(1.0, 2.0))
+    for index in range(3):
+        results.add({"index": index})
+        content = json.loads((tmp_path / "rows.json").read_text())
+        assert [row["index"] for row in content["rows"]] == list(range(index + 1))
+    assert content["ceilings"] == {"copy_bytes_per_second": 1.0, "matmul_flops_per_second": 2.0}
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.json"]
+
+
+def test_a_number_says_where_it_comes_from() -> None:
+    said = provenance(CPU)
+    assert {"device", "commit", "command", "torch", "triton", "python", "time"} <= said.keys()
+    assert said["torch"] == torch.__version__
+
+
+def test_out_is_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "here"))
+    assert results_directory(CPU) == tmp_path / "here"
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    results = ResultFile(tmp_path / "kernels.json", CPU, Ceilings(4e12, 8e14))
+    for implementation, seconds in (("ours", 1e-4), ("eager", 5e-4)):
+        case = Case("qk_norm_rope", implementation, MODELS[2], 16, 2048, "both")
+        row = {**case._asdict(), "model": "d26", **Timing(seconds, seconds * 0.9, seconds * 1.1)._asdict()}
+        results.add({**row, "bandwidth_share": 1e-4 / seconds * 0.9, "peak_extra_bytes": 3 * 2**20})
+    return tmp_path / "kernels.json"
+
+
+def test_report_renders_a_table_and_a_plot(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(recorded)]) == 0
+    page = capsys.readouterr().out
+    assert "| both | qk_norm_rope | 16 | d26 | eager | 500.0 (450.0 to 550.0) | 18% | 5.00x | 3 |" in page
+    assert "copy 4.000 TB/s" in page
+    assert recorded.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_nothing_says_how_to_make_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.main([]) == 2
+    assert "pytest bench --benchmark-only" in capsys.readouterr().err
+    (tmp_path / "kernels.json").write_text("{}")
+    assert report.main([str(tmp_path / "kernels.json")]) == 2
+    assert "is no recorded benchmark" in capsys.readouterr().err
+
+
+def test_what_tune_writes_is_what_the_backend_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tuning.cached_file("gpu-of-mine")
+    times = {"kernel": 1.0, "eager": 5.0, "compiled": 2.0}
+    tune.publish(path, {"configs": {"rms_norm_forward": {"2048": [2, 4]}}, "ops": {"rms_norm": {"bfloat16": times}}})
+    monkeypatch.setattr(tuning, "_table", lambda device: tuning.read_table("gpu-of-mine"))
+    tuning.tuned_config.cache_clear()
+    assert tuning.tuned_config("rms_norm_forward", 2048, CPU) == tuning.Config(2, 4)
+    tuning.tuned_config.cache_clear()
+    speed = tuning.measured("rms_norm", CPU, torch.bfloat16)
+    assert speed is not None
+    assert speed.kernel_wins
+    assert (speed.against_eager, speed.against_compiled) == (5.0, 2.0)
+    assert tuning.measured("rms_norm", CPU, torch.float16) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_without_a_gpu_says_so() -> None:
+    with pytest.raises(Exception, match="needs a GPU"):
+        tune.main([])
+
+
+def test_the_matmuls_are_the_model_s() -> None:
+    matmuls = list(ceilings.model_matmuls(16))
+    assert len(matmuls) == 3 * 5 * 3
+    assert matmuls[0] == ("d26 qkv", 32_768, 3 * 1664, 1664)  # the most valuable first
+    by_name = {m.name: m for m in matmuls}
+    assert by_name["d12 down dw"][1:] == (768, 4 * 768, 32_768)
+
+
+def test_profile_of_a_step_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    small = ["--depth", "1", "--length", "16", "--batch", "1", "--vocab", "64", "--steps", "1", "--warmup", "1"]
+    monkeypatch.setattr(step_profile, "measure_matmul_flops", lambda device, dtype: 1e12)
+    assert step_profile.main([*small, "--forms", "eager"]) == 0
+    (form,) = json.loads((tmp_path / "profile.json").read_text())["forms"]
+    assert form["seconds"] > 0
+    assert form["profile"][0]["seconds"] >= form["profile"][-1]["seconds"] > 0
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_gpu_script_names_its_parts() -> None:
+    script = ROOT / "bench/gpu.sh"
+    done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr == "usage: bench/gpu.sh check|kernels|mfu\n"
+
+
+def test_benches_and_the_core_need_no_command_line_library_and_no_extension() -> None:
+    """The machine with the GPU has torch, triton and pytest, and little else."""
+    code = """
+import sys, torch
+for name in ("tyro", "rich", "vibechat._rustbpe", "liger_kernel", "pyarrow", "tokenizers", "matplotlib"):
+    sys.modules[name] = None
+import bench.cases, bench.ceilings, bench.mfu, bench.report, bench.step_profile, bench.tune
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
