@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ CONFINED = {
     "triton": ("vibechat.kernels", "vibechat.programs.doctor"),
     "wandb": ("vibechat.programs", "vibechat.run_directory", "vibechat.base_run"),
 }
+# These import what only Unix has, and only where they are on it.
+LATE_UNIX = ("vibechat.trainer",)
 
 
 def imports_of(path: Path, *, for_types: bool = True) -> Iterator[tuple[str, int]]:
@@ -111,6 +114,16 @@ for name in {sorted(FILES)!r}: importlib.import_module(name)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_triton_is_asked_for_on_linux_alone() -> None:
+    """macOS and Windows install without it, and without modules that only Unix has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (requirement,) = [line for line in project["dependencies"] if line.startswith("triton")]
+    assert requirement.endswith("sys_platform == 'linux'")
+    for module, path in FILES.items():
+        unix = {"fcntl", "grp", "pty", "pwd", "resource", "termios"} & {name for name, _ in imports_of(path)}
+        assert not unix or module in LATE_UNIX, f"{module} imports {unix}"
 
 
 def test_the_core_needs_torch_alone() -> None:

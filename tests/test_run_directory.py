@@ -85,10 +85,10 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert out[2:] == ["val bpb [bold]"]
 
 
-def test_a_terminal_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> str:
     terminal = Terminal()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", str(columns))
     with open(terminal.name, "w") as file:
         monkeypatch.setattr(sys, "stdout", file)
         display = Display(2)
@@ -96,8 +96,24 @@ def test_a_terminal_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
             display.step({"step": step, **RECORD})
             display.say(f"line {step} [bold]")
         display.close()
-    shown = terminal.text()
+    return terminal.text()
+
+
+def test_a_terminal_gets_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shown_on_a_terminal(monkeypatch, 160)
     assert "2/2" in shown
     assert "11,702 tok/s" in shown
     assert "line 0 [bold]" in shown
     assert "\x1b[2K" in shown  # it redraws its line instead of filling the screen
+    assert "norm 0.500" in shown
+    assert "\u2501" in shown
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 119])
+def test_a_narrow_terminal_gets_what_matters(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    shown = shown_on_a_terminal(monkeypatch, columns)
+    assert "2/2" in shown
+    assert "loss 2.1235" in shown
+    assert "eta 0:00:00" in shown
+    assert "\u2026" not in shown  # nothing is cut
+    assert ("norm 0.500" in shown.rpartition("2/2")[2]) == (columns >= 100)

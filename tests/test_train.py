@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ import torch
 from tests.forge import Forge
 from tests.hub_server import HubServer
 from tests.terminal import Terminal
+from vibechat.base_run import open_wandb
 from vibechat.checkpoint_manager import load_model
-from vibechat.common import UserError
+from vibechat.common import DummyWandb, UserError
+from vibechat.programs import tok_train
 from vibechat.programs.train import DEFAULTS, IDENTITY, OF_THIS_PROCESS, Config, settle, with_demo
 from vibechat.sources.hub import SOURCES
 from vibechat.tokenizer import RustBPETokenizer
@@ -414,6 +417,17 @@ def test_a_finished_run_that_is_continued_changes_nothing(lab: Lab, whole: Lab) 
     assert lab.outcome() == whole.outcome()
 
 
+def test_the_demo_is_continued_by_itself(lab: Lab) -> None:
+    status, printed = lab.train(demo=True, num_iterations=4)
+    assert status == 0, printed
+    assert "step 4: saved" in printed
+    assert "base_checkpoints/demo" in printed
+    status, printed = lab.train(demo=True, num_iterations=4)
+    assert status == 0, printed
+    assert "continuing" in printed
+    assert "after step 4" in printed
+
+
 def test_a_step_in_the_past_can_be_continued(lab: Lab, whole: Lab) -> None:
     copy_of(whole, lab)
     status, printed = lab.train(resume="27")
@@ -545,8 +559,32 @@ def test_text_of_the_hub_is_downloaded_as_far_as_the_run_needs_it(lab: Lab) -> N
     assert "python -m vibechat.dataset --source climbmix -n" in refusal(lab, num_shards=-1, **flags)
 
 
+def test_wandb_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    fake = types.SimpleNamespace(init=lambda **settings: calls.append(settings) or "the run")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert open_wandb("d4-run", {"depth": 4}) == "the run"
+    assert calls == [
+        {"project": "vibechat", "name": "d4-run", "id": "d4-run", "config": {"depth": 4}, "resume": "allow"}
+    ]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert isinstance(open_wandb("d4-run", {}), DummyWandb)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the flags
+
+
+KNOWN = """--depth --max-seq-len --device-batch-size --total-batch-size --num-iterations --target-flops --eval-every
+--target-param-data-ratio --eval-tokens --sample-every --save-every --keep --resume --model-tag --run --data --compile
+--kernels"""
+
+
+def test_flags_carry_the_names_that_people_know() -> None:
+    assert {flag.removeprefix("--").replace("-", "_") for flag in KNOWN.split()} <= vars(Config()).keys()
+    assert {"vocab_size", "max_chars"} <= vars(tok_train.Config()).keys()
 
 
 def test_every_default_is_filled_in() -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 METRICS = "metrics.jsonl"
+BAR_WIDTH, WIDE = 24, 120  # columns; narrower terminals have no room for the bar
 
 
 class RunDirectory:
@@ -162,11 +163,13 @@ class Display:
         self._seconds: list[float] = []  # of the last steps, without the first, which compiles
         self._seen = 0
         if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            self._bar = Progress(
-                BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"), auto_refresh=False
-            )
+            console = Console()  # of this terminal; the library's own remembers the width of an earlier one
+            bar = [BarColumn(bar_width=BAR_WIDTH)] if console.width >= WIDE else []
+            columns = (*bar, MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=console, auto_refresh=False)
             self._task = self._bar.add_task("", total=num_iterations, completed=start)
             self._bar.start()
 
@@ -192,6 +195,10 @@ class Display:
                 flush=True,
             )
             return
+        width = self._bar.console.width
+        room = width - 2 * len(str(self.num_iterations)) - 2 - (BAR_WIDTH + 1 if width >= WIDE else 0)
+        while len(" ".join(parts)) > room and len(parts) > 2:
+            del parts[1]  # the loss and the time left go last
         self._bar.update(self._task, completed=done, description=" ".join(parts))
         if time.monotonic() - self._last_refresh > self.REFRESH_SECONDS or done == self.num_iterations:
             self._bar.refresh()
