@@ -95,7 +95,7 @@ class Config:
         for name, value in vars(self).items():
             least, bound = SMALLEST.get(name, -math.inf), math.inf if isinstance(value, float) else 2**63
             if isinstance(value, int | float) and not least <= value < bound:
-                wanted = "a usable number" if least == -math.inf else f"at least {least}, and finite"
+                wanted = f"at least {least}" if value < least else "a usable number"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
 
 
