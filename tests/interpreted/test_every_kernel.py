@@ -262,38 +262,43 @@ def later_programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return shift
 
 
-def test_rms_norm_writes_past_2_to_the_31(later_programs: Callable[[int], None]) -> None:
-    C, x = 4096, randn(1, 1, 4096, dtype=torch.bfloat16)
+@pytest.mark.parametrize("along", ["batch", "time"])
+def test_rms_norm_goes_past_2_to_the_31_in_32_bit_steps(later_programs: Callable[[int], None], along: str) -> None:
+    """No stride and no index passes 2^31, their product does: 32-bit offsets would wrap."""
+    C, last = 4096, randn(1, 1, 4096, dtype=torch.bfloat16)
     row = 2**31 // C + 1
-    y, rstd = torch.empty(row * C + C, dtype=torch.bfloat16), torch.empty(row + 1)
+    x, y, dx = (torch.empty(row * C + C, dtype=torch.bfloat16) for _ in range(3))
+    x[row * C :] = last.flatten()
+    rstd = torch.empty(row + 1)
+    T, strides = (1, (C, 0, 1)) if along == "batch" else (row + 1, (0, C, 1))
     later_programs(row)
     constants = {"ROWS": 1, "BLOCK": C, "WIDE": tl.float32}
-    rms_norm_forward[(1,)](x, None, None, y, rstd, 1, C, EPS, 0, 0, 1, 0, 0, 1, **constants)
-    assert_no_worse(y[row * C :], reference(x).flatten(), reference(x.double()).flatten())
-    dx = torch.empty(row * C + C, dtype=torch.bfloat16)
-    rms_norm_backward[(1,)](x, x, x, rstd, dx, 1, C, *(0, 0, 1) * 3, **constants)
+    rms_norm_forward[(1,)](x, None, None, y, rstd, T, C, EPS, *strides, *strides, **constants)
+    assert_no_worse(y[row * C :], reference(last).flatten(), reference(last.double()).flatten())
+    rms_norm_backward[(1,)](x, x, x, rstd, dx, T, C, *strides * 3, **constants)
     later_programs(0)
-    assert torch.equal(dx[row * C :], norm_backward(x, x, x, rstd[row:].view(1, 1)).flatten())
+    assert torch.equal(dx[row * C :], norm_backward(last, last, last, rstd[row:].view(1, 1)).flatten())
 
 
-def test_qk_norm_rope_writes_past_2_to_the_31(later_programs: Callable[[int], None]) -> None:
-    D, q = 1024, randn(1, 1, 1, 1024, dtype=torch.bfloat16)
-    cos, sin = kernels.rotary_tables(2, D, 100.0, "cpu")
-    cos, sin = cos[1:], sin[1:]
+@pytest.mark.parametrize("along", ["batch", "time"])
+def test_qk_norm_rope_goes_past_2_to_the_31_in_32_bit_steps(later_programs: Callable[[int], None], along: str) -> None:
+    D, last = 1024, randn(1, 1, 1, 1024, dtype=torch.bfloat16)
+    cos, sin = (table[1:] for table in kernels.rotary_tables(2, D, 100.0, "cpu"))
     row = 2**31 // D + 1
-    big, rstd = torch.empty(row * D + D, dtype=torch.bfloat16), torch.empty(row + 1)
-    near = rope_forward(q, q, cos, sin, EPS)
+    x, y, grad = (torch.empty(row * D + D, dtype=torch.bfloat16) for _ in range(3))
+    x[row * D :] = last.flatten()
+    rstd = torch.empty(row + 1)
+    near = rope_forward(last, last, cos, sin, EPS)
     constants = {"ROWS": 1, "HALF": D // 2, "WIDE": tl.float32}
-    strides, angles = (0, 0, 0, 1) * 2, (0, 0, 1)
+    sizes, strides = ((row + 1, 1), (D, 0, 0, 1)) if along == "batch" else ((1, row + 1), (0, D, 0, 1))
+    layout = (*strides, *strides, 0, 0, 1)  # of q, of k, of the tables, which have one row for all
     for side in range(2):  # as the last row of q; as the last row of k, which comes after all of q's
         later_programs(row + side * (row + 1))
-        sizes = (row + 1, 1, 1, 1, D)
-        qkv = (q, q, big, big, rstd, rstd, cos, sin)
-        qk_norm_rope_forward[(1,)](*qkv, *sizes, EPS, *strides, *angles, **constants)
-        assert torch.equal(big[row * D :], near[0].flatten())
-        grad = torch.empty(row * D + D, dtype=torch.bfloat16)
-        everything = (q, q, big, big, rstd, rstd, grad, grad, cos, sin)
-        qk_norm_rope_backward[(1,)](*everything, *sizes, *strides, *angles, **constants)
+        qk_norm_rope_forward[(1,)](x, x, y, y, rstd, rstd, cos, sin, *sizes, 1, 1, D, EPS, *layout, **constants)
+        assert torch.equal(y[row * D :], near[0].flatten())
+        qk_norm_rope_backward[(1,)](
+            x, x, y, y, rstd, rstd, grad, grad, cos, sin, *sizes, 1, 1, D, *layout, **constants
+        )  # fmt: skip
         later_programs(0)
-        assert torch.equal(grad[row * D :], rope_backward(q, q, *near, cos, sin)[0].flatten())
-        big[row * D :] = torch.nan
+        assert torch.equal(grad[row * D :], rope_backward(last, last, *near, cos, sin)[0].flatten())
+        y[row * D :] = grad[row * D :] = torch.nan

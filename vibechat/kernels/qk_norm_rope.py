@@ -190,7 +190,7 @@ def launch_forward(
             qk_norm_rope_forward[grid](
                 q, k, q_out, k_out, q_rstd, k_rstd, cos, sin, B, T, H, K, D, eps,
                 *q.stride(), *k.stride(), *_table_strides(cos),
-                ROWS=rows, HALF=half, WIDE=triton_dtype(wide), num_warps=warps,
+                ROWS=rows, HALF=half, WIDE=triton_dtype(wide), num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return q_out, k_out, q_rstd, k_rstd
 
@@ -211,7 +211,7 @@ def launch_backward(
             qk_norm_rope_backward[grid](
                 dq, dk, q_out, k_out, q_rstd, k_rstd, q_grad, k_grad, cos, sin, B, T, H, K, D,
                 *dq.stride(), *dk.stride(), *_table_strides(cos),
-                ROWS=rows, HALF=half, WIDE=triton_dtype(q_rstd.dtype), num_warps=warps,
+                ROWS=rows, HALF=half, WIDE=triton_dtype(q_rstd.dtype), num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return q_grad, k_grad
 

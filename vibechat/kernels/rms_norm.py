@@ -125,7 +125,7 @@ def launch_forward(
             rms_norm_forward[grid](
                 x, residual, total, y, rstd, T, C, eps,
                 *x.stride(), *(x if residual is None else residual).stride(),
-                ROWS=rows, BLOCK=block, WIDE=triton_dtype(wide), num_warps=warps,
+                ROWS=rows, BLOCK=block, WIDE=triton_dtype(wide), num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return total, y, rstd
 
@@ -142,7 +142,7 @@ def launch_backward(dy: Tensor, dsum: Tensor | None, x: Tensor, rstd: Tensor, co
             rms_norm_backward[grid](
                 dy, dsum, x, rstd, dx, T, C,
                 *dy.stride(), *(dy if dsum is None else dsum).stride(), *x.stride(),
-                ROWS=rows, BLOCK=block, WIDE=triton_dtype(rstd.dtype), num_warps=warps,
+                ROWS=rows, BLOCK=block, WIDE=triton_dtype(rstd.dtype), num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return dx
 
