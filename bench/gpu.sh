@@ -11,6 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part="${1:-}"
+case "$part" in check | kernels | mfu) ;; *) echo "usage: bench/gpu.sh check|kernels|mfu" >&2; exit 2 ;; esac
 export OUT="${OUT:-$PWD/bench/results/gpu}"
 export VIBECHAT_BASE_DIR="${VIBECHAT_BASE_DIR:-$OUT/.base}"
 export TOKENIZERS_PARALLELISM=false
@@ -46,10 +47,6 @@ kernels)
 mfu)
     step mfu python -m bench.mfu --depth "${DEPTH:-26}" --json
     step profile python -m bench.step_profile --depth "${DEPTH:-26}"
-    ;;
-*)
-    echo "usage: bench/gpu.sh check|kernels|mfu" >&2
-    exit 2
     ;;
 esac
 rm -rf "$OUT/.base"
