@@ -123,7 +123,7 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "deterministic": (False, True),
 }
 # What --demo says where a person did not.
-DEMO: dict[str, Any] = {"model_tag": "demo", "resume": "auto"}
+DEMO: dict[str, Any] = {"model_tag": "demo", "resume": "auto", "eval_every": 100}
 # A continued run takes what was not said from its checkpoint. Of these nothing else may be said (of data, their hash
 # decides), and what only this process is about is not taken.
 IDENTITY = (
