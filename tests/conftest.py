@@ -29,6 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A continuous-integration run in which nothing passed proves nothing, and is not green."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("CI") and reporter is not None and not session.config.option.markexpr:
-        if session.exitstatus == pytest.ExitCode.OK and not reporter.stats.get("passed"):
-            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+    asked_for_all = os.environ.get("CI") and not session.config.option.markexpr
+    if asked_for_all and session.exitstatus == pytest.ExitCode.OK and reporter and not reporter.stats.get("passed"):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
