@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vibechat.common import cpu_name
 from vibechat.kernels.tuning import device_slug
 
 L2_BYTES = 128 * 2**20  # more than the L2 of any GPU that we know, so that inputs of an iteration come from memory
@@ -112,7 +113,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) 
 
 def device_name(device: torch.device) -> str:
     """The device as its vendor names it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def results_directory(device: torch.device) -> Path:

@@ -16,8 +16,6 @@ JSON.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bench import plain_gpt
+from bench.measure import provenance
 from vibechat.common import (
     UserError,
     autodetect_device_type,
@@ -244,20 +243,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What a number here is worth nothing without."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu"
-    return {
-        "command": "python -m bench.mfu " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "device": device,
-        "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -283,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         last = results["vibechat"][-1]
         print(f"\npeak: {last['peak_flops'] / 1e12:.3f} TFLOP/s in {last['dtype']}")
     if args.json:
-        print(json.dumps({"environment": environment(args), "rows": rows, "rounds": results}))
+        print(json.dumps({"environment": provenance(torch.device(args.device)), "rows": rows, "rounds": results}))
     ratio = rows.get("vibechat", {}).get("ratio_to_plain", 0.0)
     if args.check and ratio < CPU_BAR:
         print(f"vibechat is {ratio:.2f} times plain, below the bar of {CPU_BAR}", file=sys.stderr)

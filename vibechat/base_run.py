@@ -47,7 +47,7 @@ from vibechat.report import write_run_report
 from vibechat.run_directory import Display, RunDirectory, environment, new_run_name, versions
 from vibechat.scaling import Plan, plan
 from vibechat.sources.hub import SOURCES
-from vibechat.tokenizer import RustBPETokenizer, default_vocab_size, get_tokenizer
+from vibechat.tokenizer import RustBPETokenizer, default_vocab_size, get_tokenizer, train_tokenizer
 from vibechat.train_step import (
     TrainingOptimizer,
     TrainStep,
@@ -118,14 +118,12 @@ def tokenizer_characters(vocab_size: int) -> int:
     return 2_000_000_000 if vocab_size > 16_384 else 200_000_000
 
 
-def train_tokenizer(vocab_size: int, dataset: Dataset) -> RustBPETokenizer:
+def first_tokenizer(vocab_size: int, dataset: Dataset) -> RustBPETokenizer:
     """A tokenizer for `dataset`, saved in the base directory."""
     directory = Path(get_base_dir()) / "tokenizer"
     print0(f"no tokenizer in {directory}: training one of {vocab_size:,} tokens on {dataset.name} first")
     texts = dataset.iter_texts("train", max_chars=tokenizer_characters(vocab_size))
-    tokenizer = RustBPETokenizer.train_from_iterator(texts, vocab_size)
-    tokenizer.save(str(directory))
-    return tokenizer
+    return train_tokenizer(texts, vocab_size, directory)
 
 
 class BaseRun:
@@ -193,7 +191,7 @@ class BaseRun:
         )
         if meta is not None:
             self._same("the data", meta["data"], self.dataset.fingerprint)
-        self.tokenizer = tokenizer or train_tokenizer(size, self.dataset)
+        self.tokenizer = tokenizer or first_tokenizer(size, self.dataset)
 
     def _same(self, what: str, before: str, now: str) -> None:
         if before != now:

@@ -3,10 +3,12 @@
 Importing this module touches no device and reads no arguments; each question is a function.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
+import platform
 import random
 import shutil
 import sys
@@ -142,6 +144,15 @@ def keep_freed_memory() -> bool:
     largest = 2**31 - 1
     kept = mallopt(m_mmap_threshold, largest) or mallopt(m_mmap_threshold, 32 * 2**20)
     return bool(mallopt(m_trim_threshold, largest) and mallopt(m_top_pad, 64 * 2**20) and kept)
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 @functools.cache

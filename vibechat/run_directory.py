@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 import vibechat
-from vibechat.common import UserError, compute_dtype, get_base_dir
+from vibechat.common import UserError, compute_dtype, cpu_name, get_base_dir
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -106,7 +106,7 @@ def new_run_name(model_tag: str) -> str:
 
 def environment(device: torch.device, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """What a number measured here depends on: versions, commit, device, command."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "command": list(sys.argv if argv is None else argv),
         "begun": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -126,14 +126,6 @@ def environment(device: torch.device, argv: Sequence[str] | None = None) -> dict
 def versions() -> dict[str, str]:
     """Of what the bits of a training run depend on."""
     return {"vibechat": vibechat.__version__, "python": platform.python_version(), "torch": torch.__version__}
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str | None:
