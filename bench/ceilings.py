@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.measure import ResultFile, measure_ceilings, results_directory, time_calls
-from bench.shapes import LENGTH, MODELS
-
-VOCABULARY = 65_536
+from bench.shapes import LENGTH, MODELS, VOCABULARY
 
 
 class Matmul(NamedTuple):

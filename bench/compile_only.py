@@ -99,9 +99,13 @@ class Statistics(NamedTuple):
     occupancy: int
     """blocks that fit on an SM of sm_90 by registers, shared memory and warps"""
     wgmma: int
-    """Hopper's matrix instructions"""
-    tma: int
-    """TMA loads and stores"""
+    """Hopper's matrix instructions, which read shared memory"""
+    mma: int
+    """the older ones, which read registers: a fraction of Hopper's rate"""
+    tma_loads: int
+    """tiles that the TMA unit fetches"""
+    tma_stores: int
+    """tiles that it writes"""
     wide_loads: int
     """128-bit loads from global memory"""
     wide_stores: int
@@ -141,8 +145,10 @@ def statistics(kernel: Any) -> Statistics:
         shared=shared,
         warps=warps,
         occupancy=occupancy(registers, shared, warps),
-        wgmma=count(r"\bHGMMA\b"),
-        tma=count(r"\bUTMA(?:LDG|STG)\b"),
+        wgmma=count(r"\b[HQIB]GMMA\b"),
+        mma=count(r"\b[HQIBD]MMA\b"),
+        tma_loads=count(r"\bUTMALDG\b"),
+        tma_stores=count(r"\bUTMASTG\b"),
         wide_loads=count(r"\bLDG\.E\S*\.128"),
         wide_stores=count(r"\bSTG\.E\S*\.128"),
         spills=count(r"\b(?:STL|LDL)\b"),

@@ -1,4 +1,5 @@
-"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, occupancy, wide loads.
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, occupancy, matrix
+instructions, TMA and 128-bit loads and stores.
 
 `python -m bench.compile_report` prints the table for sm_90 beside what each op must move and what eager PyTorch moves;
 `--target sm_80` (or sm_100, sm_120, gfx942, all) compiles for others; `--write` makes the sm_90 table the budget in
@@ -9,7 +10,6 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ import triton
 
 from bench.compile_only import HOPPER_BLOCK_BYTES, TARGETS, Statistics, compile_only, statistics
 from bench.cost_table import cost_lines
-from bench.shapes import MODELS, Launch, launches
-from vibechat.kernels.tuning import Config
+from bench.ops import OPS, Launch
+from bench.shapes import MODELS, Shape, Source
 
 BUDGETS = Path("vibechat/kernels/budgets.json")
 
@@ -31,36 +31,34 @@ class Compiled(NamedTuple):
     kernel: Any
 
 
-def name_of(launch: Launch, config: Config) -> str:
-    """The key of a specialization in the budgets."""
-    return f"{launch.kernel} {launch.width} rows={config.rows} warps={config.warps}"
-
-
 def all_launches() -> list[Launch]:
-    """Every kernel at every model's shapes, each specialization once: models of one block width share theirs."""
-    found: dict[tuple[str, int], Launch] = {}
-    for model in MODELS:
-        for launch in launches(model, 16, "meta"):
-            found.setdefault((launch.kernel, launch.width), launch)
+    """Every kernel at every model's shapes, each specialization once."""
+    found: dict[tuple[str, str], Launch] = {}
+    for op in OPS.values():
+        for model in MODELS:
+            for launch in op.launches(Shape(model, op.batches[0]), Source("meta")):
+                found.setdefault((launch.kernel, launch.specialization or launch.key), launch)
     return list(found.values())
 
 
-def compile_launch(launch: Launch, config: Config, target: str = "sm_90") -> Compiled:
+def compile_launch(launch: Launch, config: Any, target: str = "sm_90") -> Compiled:
     """The kernel of a launch, compiled for a target and not run."""
     with compile_only(TARGETS[target]) as kernels:
         launch.run(config)
-    assert len(kernels) == 1, f"{launch.kernel} launches {len(kernels)} kernels"
-    return Compiled(name_of(launch, config), kernels[0])
+    assert len({id(kernel) for kernel in kernels}) == 1, f"{launch.kernel} launches {len(kernels)} kernels"
+    return Compiled(launch.name(config), kernels[0])
 
 
-def faults(name: str, found: Statistics) -> list[str]:
-    """What is wrong with a kernel for sm_90 whatever its budget says."""
+def faults(name: str, found: Statistics, needs: tuple[str, ...] = ()) -> list[str]:
+    """What is wrong with a kernel for sm_90 whatever its budget says; it must have some of what it `needs`."""
     wrong = []
     if found.stack or found.spills:
         wrong.append(f"{name}: {found.stack} bytes of stack and {found.spills} accesses to it: registers spill")
     if found.shared > HOPPER_BLOCK_BYTES:
         wrong.append(f"{name}: {found.shared} bytes of shared memory, {HOPPER_BLOCK_BYTES} can be had")
-    return wrong
+    if found.occupancy < 1:
+        wrong.append(f"{name}: no block fits on an SM")
+    return wrong + [f"{name}: no {field.replace('_', ' ')}" for field in needs if not getattr(found, field)]
 
 
 def read_budgets() -> dict[str, Any]:
@@ -68,28 +66,24 @@ def read_budgets() -> dict[str, Any]:
     return json.loads(BUDGETS.read_text(encoding="utf-8"))
 
 
-def _nvidia(target: str) -> Iterator[tuple[str, Statistics]]:
+def _report_nvidia(target: str, wrong: list[str]) -> dict[str, Statistics]:
+    print(f"\n{target}\n{'kernel':<60}" + "".join(f"{field:>12}" for field in Statistics._fields))
+    table = {}
     for launch in all_launches():
         for config in launch.configs:
             name, kernel = compile_launch(launch, config, target)
-            yield name, statistics(kernel)
-
-
-def _report_nvidia(target: str) -> dict[str, Statistics]:
-    print(f"\n{target}\n{'kernel':<48}" + "".join(f"{field:>12}" for field in Statistics._fields))
-    table = {}
-    for name, found in _nvidia(target):
-        print(f"{name:<48}" + "".join(f"{value:>12}" for value in found))
-        table[name] = found
+            found = table[name] = statistics(kernel)
+            print(f"{name:<60}" + "".join(f"{value:>12}" for value in found), flush=True)
+            wrong += faults(name, found, launch.needs)
     return table
 
 
 def _report_amd(target: str) -> None:
-    print(f"\n{target}\n{'kernel':<48}{'binary bytes':>14}{'shared':>12}")
+    print(f"\n{target}\n{'kernel':<60}{'binary bytes':>14}{'shared':>12}")
     for launch in all_launches():
         for config in launch.configs:
             name, kernel = compile_launch(launch, config, target)
-            print(f"{name:<48}{len(kernel.asm['hsaco']):>14}{kernel.metadata.shared:>12}")
+            print(f"{name:<60}{len(kernel.asm['hsaco']):>14}{kernel.metadata.shared:>12}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,11 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         if target.startswith("gfx"):
             _report_amd(target)
         else:
-            table = _report_nvidia(target)
-            if target == "sm_90":
-                wrong = [fault for name, found in table.items() for fault in faults(name, found)]
-                if args.write:
-                    write_budgets(table)
+            table = _report_nvidia(target, wrong if target == "sm_90" else [])
+            if target == "sm_90" and args.write:
+                write_budgets(table)
         print(f"{target}: {time.perf_counter() - start:.1f} s")
     print("\n" + "\n".join(cost_lines()))
     for fault in wrong:

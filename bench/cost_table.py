@@ -5,7 +5,6 @@ counted from the operators that the reference dispatches, each reading its input
 RMSNorm one operator, as it is on CUDA since PyTorch 2.9; views and what the caches may save are free.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.shapes import HEAD_DIM, LENGTH, MODELS, Model
-from vibechat.kernels.cost import Cost, norm_cost, qk_norm_rope_cost
+from bench.ops import OPS
+from bench.shapes import LENGTH, MODELS, Model, Shape, Source
+from vibechat.kernels.cost import Cost
 
 
 def tensor_bytes(x: Tensor) -> int:
@@ -60,12 +60,14 @@ class EagerBytes(NamedTuple):
     backward: int
 
 
-def eager_bytes(op: Callable[..., Any], inputs: list[Tensor], *rest: Any) -> EagerBytes:
+def eager_bytes(op: Callable[..., Any], inputs: list[Tensor], *rest: Any, differentiable: bool = True) -> EagerBytes:
     """Count a reference on meta tensors, forward and backward."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = [x.detach().requires_grad_(differentiable) for x in inputs]
     with mock.patch.object(F, "rms_norm", lambda x, *_, **__: FusedNorm.apply(x)), CountBytes() as forward:
         outputs = op(*leaves, *rest)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if not differentiable:
+        return EagerBytes(forward.total, 0)
     gradients = [torch.empty_like(y) for y in outputs]
     with CountBytes() as backward:
         torch.autograd.grad(outputs, leaves, gradients)
@@ -73,61 +75,36 @@ def eager_bytes(op: Callable[..., Any], inputs: list[Tensor], *rest: Any) -> Eag
 
 
 class Row(NamedTuple):
-    """One op at one model's shapes."""
+    """One pass of an op at one model's shapes."""
 
     op: str
     model: Model
-    forward: Cost
-    backward: Cost
-    eager: EagerBytes
+    direction: str
+    ours: Cost
+    eager_bytes: int
 
 
 def cost_rows(batch: int = 16) -> list[Row]:
     """Each op with a kernel at each model's shapes in bfloat16."""
-    norm = importlib.import_module("vibechat.kernels.rms_norm")
-    rope = importlib.import_module("vibechat.kernels.qk_norm_rope")
-
-    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     rows = []
-    for model in MODELS:
-        x = make(batch, LENGTH, model.channels)
-        q = make(batch, LENGTH, model.heads, HEAD_DIM)
-        table = make(LENGTH, HEAD_DIM // 2, dtype=torch.float32)
-        n, C, H = batch * LENGTH, model.channels, 2 * model.heads
-        plain, added = eager_bytes(norm.reference, [x]), eager_bytes(norm.add_reference, [x, x])
-        turned = eager_bytes(rope.reference, [q, q], table, table)
-        rows += [
-            Row("rms_norm", model, norm_cost(n, C, 2), norm_cost(n, C, 2, backward=True), plain),
-            Row(
-                "add_rms_norm",
-                model,
-                norm_cost(n, C, 2, residual=True),
-                norm_cost(n, C, 2, residual=True, backward=True),
-                added,
-            ),
-            Row(
-                "qk_norm_rope",
-                model,
-                qk_norm_rope_cost(batch, LENGTH, H, HEAD_DIM, 2),
-                qk_norm_rope_cost(batch, LENGTH, H, HEAD_DIM, 2, backward=True),
-                turned,
-            ),
-        ]
+    for op in OPS.values():
+        for model in MODELS:
+            shape = Shape(model, batch if batch in op.batches else op.batches[0])
+            inputs, _, rest = op.inputs(shape, Source("meta"))
+            eager = eager_bytes(op.reference, inputs, *rest, differentiable=op.differentiable)
+            for direction, moved in zip(("forward", "backward"), eager, strict=True):
+                if direction in op.passes:
+                    rows.append(Row(op.name, model, direction, op.total_cost(shape, 2, direction), moved))
     return rows
 
 
 def cost_lines(batch: int = 16) -> list[str]:
     """The table as text."""
-    lines = [f"MiB that must move at B={batch}, T={LENGTH}, bfloat16, and what eager PyTorch moves"]
-    lines.append(
-        f"{'op':<14}{'model':>6}{'forward':>10}{'eager':>9}{'ratio':>7}{'backward':>10}{'eager':>9}{'ratio':>7}"
-    )
-    for op, model, forward, backward, eager in cost_rows(batch):
+    lines = [f"MiB that must move at B={batch}, T={LENGTH}, bfloat16, what eager PyTorch moves, and GFLOPs"]
+    lines.append(f"{'op':<22}{'model':>6} {'pass':<9}{'ours':>8}{'eager':>9}{'ratio':>7}{'GFLOPs':>10}")
+    for op, model, direction, ours, eager in cost_rows(batch):
         lines.append(
-            f"{op:<14}{'d' + str(model.depth):>6}"
-            f"{forward.bytes / 2**20:>10.0f}{eager.forward / 2**20:>9.0f}{eager.forward / forward.bytes:>6.1f}x"
-            f"{backward.bytes / 2**20:>10.0f}{eager.backward / 2**20:>9.0f}{eager.backward / backward.bytes:>6.1f}x"
+            f"{op:<22}{'d' + str(model.depth):>6} {direction:<9}{ours.bytes / 2**20:>8.0f}{eager / 2**20:>9.0f}"
+            f"{eager / ours.bytes:>6.1f}x{ours.flops / 1e9:>10.1f}"
         )
     return lines

@@ -42,27 +42,38 @@ def summarize(seconds: Sequence[float]) -> Timing:
     return Timing(statistics.median(ordered), *at)
 
 
-def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, budget_seconds: float = 0.25) -> Timing:
-    """Time calls that do the same on different inputs, in turn, for about `budget_seconds` after a warm-up."""
-    for call in calls:
+def time_calls(
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    budget_seconds: float = 0.25,
+    prepare: Sequence[Callable[[], Any] | None] = (),
+) -> Timing:
+    """Time calls that do the same on different inputs, in turn, for about `budget_seconds` after a warm-up; what
+    `prepare` has for a call is done before it each time and not timed."""
+    pairs = [(before or _nothing, call) for before, call in itertools.zip_longest(prepare, calls)]
+    for before, call in pairs:
+        before()
         call()
-    start = time.perf_counter()
     _synchronize(device)
-    for call in calls:
+    start = time.perf_counter()
+    for before, call in pairs:
+        before()
         call()
     _synchronize(device)
     estimate = (time.perf_counter() - start) / len(calls)
     count = max(5, min(200, int(budget_seconds / max(estimate, 1e-7))))
-    turn = itertools.islice(itertools.cycle(calls), count)
+    turn = itertools.islice(itertools.cycle(pairs), count)
     if device.type != "cuda":
         seconds = []
-        for call in turn:
+        for before, call in turn:
+            before()
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)
         return summarize(seconds)
     marks = []
-    for call in turn:
+    for before, call in turn:
+        before()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -70,6 +81,10 @@ def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, budget_
         marks.append((begin, end))
     torch.cuda.synchronize()
     return summarize([begin.elapsed_time(end) / 1e3 for begin, end in marks])
+
+
+def _nothing() -> None:
+    return None
 
 
 def _synchronize(device: torch.device) -> None:

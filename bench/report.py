@@ -16,7 +16,7 @@ Rows = list[dict[str, Any]]
 
 
 def grouped(rows: Rows) -> dict[tuple[str, str, int, str], dict[str, dict[str, Any]]]:
-    """(pass, op, batch, model) -> implementation -> row, in the order of the file."""
+    """(pass, op, batch, model) -> implementation -> row, in the order of the file. With an `error`, no times."""
     groups: dict[tuple[str, str, int, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         groups[row["direction"], row["op"], row["batch"], row["model"]][row["implementation"]] = row
@@ -38,7 +38,10 @@ def table(content: dict[str, Any]) -> str:
     for (direction, op, batch, model), rows in grouped(content["rows"]).items():
         ours = rows.get("ours")
         for implementation, row in rows.items():
-            ratio = f"{row['median'] / ours['median']:.2f}x" if ours else ""
+            if "error" in row:
+                lines.append(f"| {direction} | {op} | {batch} | {model} | {implementation} | {row['error']} | | | |")
+                continue
+            ratio = f"{row['median'] / ours['median']:.2f}x" if ours and "error" not in ours else ""
             extra = "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 2**20:.0f}"
             lines.append(
                 f"| {direction} | {op} | {batch} | {model} | {implementation} | {1e6 * row['median']:.1f} "
@@ -52,7 +55,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
     """Share of the copy bandwidth of every implementation, forward and backward together, as a PNG."""
     from matplotlib.figure import Figure
 
-    groups = {key: rows for key, rows in grouped(content["rows"]).items() if key[0] == "both"}
+    timed = [row for row in content["rows"] if "error" not in row]
+    groups = {key: rows for key, rows in grouped(timed).items() if key[0] == "both"}
     implementations = list(dict.fromkeys(name for rows in groups.values() for name in rows))
     figure = Figure(figsize=(max(6, 0.9 * len(groups)), 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -1,16 +1,13 @@
-"""The models' shapes that benchmarks and compile gates run at, and the launches of every kernel at them."""
+"""The models' shapes that benchmarks and compile gates run at, and the tensors to run them on."""
 
-import importlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vibechat.kernels.tuning import Config
-
 LENGTH = 2048
 HEAD_DIM = 128
+VOCABULARY = 65_536
 
 
 class Model(NamedTuple):
@@ -19,49 +16,41 @@ class Model(NamedTuple):
     depth: int
     channels: int
     heads: int
+    vocabulary: int = VOCABULARY
 
 
 MODELS = tuple(Model(depth, -(-64 * depth // 128) * 128, -(-64 * depth // 128)) for depth in (12, 20, 26))
 
 
-class Launch(NamedTuple):
-    """One kernel at one shape, to be launched with a configuration."""
+class Shape(NamedTuple):
+    """A micro-batch of a model."""
 
-    kernel: str
-    width: int
-    """lanes of a block: what the tuned configuration is looked up by"""
-    configs: tuple[Config, ...]
-    run: Callable[[Config | None], Any]
+    model: Model
+    batch: int = 16
+    length: int = LENGTH
 
-
-def launches(model: Model, batch: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[Launch]:
-    """Every kernel at a model's shapes, on operands laid out as the model lays them out: q and k are views of one
-    packed projection, their gradients come from attention as (B, H, T, D)."""
-    norm = importlib.import_module("vibechat.kernels.rms_norm")
-    rope = importlib.import_module("vibechat.kernels.qk_norm_rope")
-    eps = norm.EPS
-
-    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device) if device == "meta" else _random(shape, dtype, device)
-
-    B, T, C, H, D = batch, LENGTH, model.channels, model.heads, HEAD_DIM
-    x, r, dy, dsum = (make(B, T, C) for _ in range(4))
-    rstd = make(B, T, dtype=torch.float32)
-    block = 1 << (C - 1).bit_length()
-    forward, backward = norm.launch_forward, norm.launch_backward
-    yield Launch("rms_norm_forward", block, norm.CONFIGS, lambda c: forward(x, None, eps, c))
-    yield Launch("add_rms_norm_forward", block, norm.CONFIGS, lambda c: forward(x, r, eps, c))
-    yield Launch("rms_norm_backward", block, norm.CONFIGS, lambda c: backward(dy, None, x, rstd, c))
-    yield Launch("add_rms_norm_backward", block, norm.CONFIGS, lambda c: backward(dy, dsum, x, rstd, c))
-    q, k, _ = make(B, T, 3 * H, D).split((H, H, H), dim=2)
-    cos, sin = (make(T, D // 2, dtype=torch.float32) for _ in range(2))
-    outputs = *(make(B, T, H, D) for _ in range(2)), *(make(B, T, H, dtype=torch.float32) for _ in range(2))
-    dq, dk = (make(B, H, T, D).transpose(1, 2) for _ in range(2))
-    yield Launch("qk_norm_rope_forward", D // 2, rope.CONFIGS, lambda c: rope.launch_forward(q, k, cos, sin, eps, c))
-    yield Launch(
-        "qk_norm_rope_backward", D // 2, rope.CONFIGS, lambda c: rope.launch_backward(dq, dk, *outputs, cos, sin, c)
-    )
+    @property
+    def rows(self) -> int:
+        """Tokens."""
+        return self.batch * self.length
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+class Source:
+    """Random tensors of a device and a dtype, the same for the same seed; on "meta" shapes without data."""
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self._rng = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(seed)
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+        """Normal numbers with this standard deviation."""
+        if self._rng is None:
+            return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+        numbers = torch.randn(shape, device=self.device, generator=self._rng)
+        return (numbers * scale if scale != 1 else numbers).to(dtype or self.dtype)
+
+    def randint(self, high: int, *shape: int) -> Tensor:
+        """Integers from 0 to below `high`."""
+        if self._rng is None:
+            return torch.empty(shape, dtype=torch.int64, device="meta")
+        return torch.randint(high, shape, device=self.device, generator=self._rng)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from bench import ceilings, report, step_profile, tune
-from bench.cases import IMPLEMENTATIONS, OPS, PASSES, Case, all_cases, calls_of, cost_of
+from bench.cases import IMPLEMENTATIONS, PASSES, Case, all_cases, calls_of, cost_of
 from bench.measure import Ceilings, ResultFile, Timing, provenance, results_directory, summarize, time_calls
-from bench.shapes import MODELS, Model
+from bench.ops import OPS
+from bench.shapes import MODELS, Model, Shape, Source
 from vibechat.kernels import tuning
 from vibechat.kernels.cost import norm_cost, qk_norm_rope_cost
 
@@ -36,15 +37,23 @@ def test_every_input_takes_its_turn() -> None:
     assert timing.low <= timing.median <= timing.high
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("direction", PASSES)
+def test_what_a_run_overwrites_is_put_back_each_time() -> None:
+    log: list[str] = []
+    calls, prepare = [lambda: log.append("a"), lambda: log.append("b")], [lambda: log.append("restore a"), None]
+    time_calls(calls, CPU, 0.0, prepare)
+    assert log[:6] == ["restore a", "a", "b"] * 2
+    assert log.count("restore a") == log.count("a") > log.count("b") > 2
+
+
+@pytest.mark.parametrize(("op", "direction"), [(op.name, direction) for op in OPS.values() for direction in op.passes])
 def test_a_case_runs_and_gives_what_the_pass_gives(op: str, direction: str) -> None:
-    calls = calls_of(Case(op, "eager", Model(1, 128, 1), 1, 4, direction), CPU)
+    calls = calls_of(Case(op, "eager", Model(1, 128, 1, 512), 1, 4, direction), CPU)
     assert len(calls) == 2
     results = [call() for call in calls]
     for result in results:
         flat = [result] if isinstance(result, torch.Tensor) else result
-        assert len(flat) == (1 if op == "rms_norm" else 2)
+        inputs = OPS[op].inputs(Shape(Model(1, 128, 1, 512), 1, 4), Source(CPU))
+        assert len(flat) == (len(inputs.upstream) if direction == "forward" else len(inputs.leaves))
         assert all(torch.isfinite(x).all() and x.abs().max() > 0 for x in flat)
     first, second = (r if isinstance(r, torch.Tensor) else r[0] for r in results)
     assert not torch.equal(first, second), "the inputs are the same"
@@ -52,7 +61,7 @@ def test_a_case_runs_and_gives_what_the_pass_gives(op: str, direction: str) -> N
 
 def test_the_suite_is_ops_times_implementations_times_shapes_times_passes() -> None:
     cases = list(all_cases(CPU))
-    assert {case.op for case in cases} == set(OPS)
+    assert {(case.op, case.direction) for case in cases} == {(op.name, way) for op in OPS.values() for way in op.passes}
     assert {case.direction for case in cases} == set(PASSES)
     assert {case.implementation for case in cases} == {"eager", "compiled"} < set(IMPLEMENTATIONS)
     assert len({case.name for case in cases}) == len(cases)
@@ -121,16 +130,25 @@ def test_report_of_nothing_says_how_to_make_some(
 def test_what_tune_writes_is_what_the_backend_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     path = tuning.cached_file("gpu-of-mine")
     times = {"kernel": 1.0, "eager": 5.0, "compiled": 2.0}
-    tune.publish(path, {"configs": {"rms_norm_forward": {"2048": [2, 4]}}, "ops": {"rms_norm": {"bfloat16": times}}})
-    monkeypatch.setattr(tuning, "_table", lambda device: tuning.read_table("gpu-of-mine"))
-    tuning.tuned_config.cache_clear()
-    assert tuning.tuned_config("rms_norm_forward", 2048, CPU) == tuning.Config(2, 4)
-    tuning.tuned_config.cache_clear()
-    speed = tuning.measured("rms_norm", CPU, torch.bfloat16)
-    assert speed is not None
-    assert speed.kernel_wins
-    assert (speed.against_eager, speed.against_compiled) == (5.0, 2.0)
-    assert tuning.measured("rms_norm", CPU, torch.float16) is None
+    config = tuning.RowConfig(2, 4)
+    tune.publish(
+        path,
+        {
+            "configs": {"rms_norm_forward": {"2048": tuning.as_row(config)}},
+            "ops": {"rms_norm": {"bfloat16": {"d12": times, "d26": times | {"compiled": 3.0}}}},
+        },
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of mine")
+    tuning.forget()
+    gpu = torch.device("cuda", 0)
+    assert tuning.tuned_config("rms_norm_forward", "2048", (config,), gpu) == config
+    assert tuning.tuned_config("rms_norm_forward", "2048", (tuning.RowConfig(1, 4),), gpu) is None, "of another version"
+    verdict = tuning.verdict("rms_norm", gpu, torch.bfloat16)
+    assert verdict is not None
+    assert verdict.kernel_wins
+    assert verdict == ((5.0, 5.0), (2.0, 3.0))
+    assert tuning.verdict("rms_norm", gpu, torch.float16) is None
+    tuning.forget()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -171,7 +189,7 @@ def test_benches_and_the_core_need_no_command_line_library_and_no_extension() ->
 import sys, torch
 for name in ("tyro", "rich", "vibechat._rustbpe", "liger_kernel", "pyarrow", "tokenizers", "matplotlib"):
     sys.modules[name] = None
-import bench.cases, bench.ceilings, bench.mfu, bench.report, bench.step_profile, bench.tune
+import bench.cases, bench.ceilings, bench.ops, bench.mfu, bench.report, bench.step_profile, bench.tune
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

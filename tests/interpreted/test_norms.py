@@ -48,7 +48,7 @@ def test_in_float64_it_is_the_reference(C: int, T: int, seed: int) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_config_writes_everything(config: tuning.Config) -> None:
+def test_every_config_writes_everything(config: tuning.RowConfig) -> None:
     x, r, dy, dsum = (randn(2, 5, 48, dtype=torch.bfloat16, seed=seed) for seed in range(4))
     total, y, rstd = launch_forward(x, r, 1e-6, config)
     assert total is not None

@@ -75,7 +75,7 @@ def test_a_table_that_also_scales_has_the_right_gradient() -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_config_writes_everything(config: tuning.Config) -> None:
+def test_every_config_writes_everything(config: tuning.RowConfig) -> None:
     q, k = randn(2, 5, 3, 24, dtype=torch.bfloat16), randn(2, 5, 1, 24, dtype=torch.bfloat16, seed=1)
     cos, sin = tables(5, 24)
     q_out, k_out, q_rstd, k_rstd = launch_forward(q, k, cos, sin, 1e-6, config)

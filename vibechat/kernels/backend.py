@@ -1,10 +1,11 @@
 """Which implementation of an op runs: `auto`, `triton` or `torch`, per op, device and dtype.
 
 `torch` is the plain-PyTorch reference, `triton` the kernel. `auto` takes the kernel where one exists, the hardware can
-run it and it measured faster on this device than the reference both eager and compiled (see `tuning`), else the
-reference: a kernel that nobody timed here is never chosen silently. On a CPU the reference is always called directly,
-not through a custom op, so that Inductor can fuse it with what stands around it. `--kernels` and `$VIBECHAT_KERNELS`
-set it, as one word for all ops (`triton`: wherever there is a kernel) or with exceptions: `auto,relu2_mlp=torch`.
+run it and it measured faster on this device than the reference both eager and compiled, at every shape that was
+measured (see `tuning`), else the reference: a kernel that nobody timed here is never chosen silently. On a CPU the
+reference is always called directly, not through a custom op, so that Inductor can fuse it with what stands around it.
+`--kernels` and `$VIBECHAT_KERNELS` set it, as one word for all ops (`triton`: wherever there is a kernel) or with
+exceptions: `auto,relu2_mlp=torch`.
 """
 
 import os
@@ -86,11 +87,17 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         raise ValueError(f"kernels: {op}=triton cannot run on {device.type} in {dtype}: {refusal}; use auto or torch")
     if refusal is not None:
         return Choice(op, "torch", refusal)
-    speed = tuning.measured(op, device, dtype)
-    if speed is None:
+    verdict = tuning.verdict(op, device, dtype)
+    if verdict is None:
         return Choice(op, "torch", "the kernel was never measured on this device (--kernels triton takes it)")
-    verdict = f"the kernel measured {speed.against_eager:.2f}x eager and {speed.against_compiled:.2f}x compiled"
-    return Choice(op, "triton" if speed.kernel_wins else "torch", verdict)
+    eager, compiled = (_range(ratios) for ratios in verdict)
+    said = f"the kernel measured {eager} eager and {compiled} compiled"
+    return Choice(op, "triton" if verdict.kernel_wins else "torch", said)
+
+
+def _range(ratios: tuple[float, float]) -> str:
+    low, high = (f"{ratio:.2f}x" for ratio in ratios)
+    return low if low == high else f"{low} to {high}"
 
 
 def backend_table(device: torch.device, dtype: torch.dtype) -> list[Choice]:

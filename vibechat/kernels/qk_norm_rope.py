@@ -24,7 +24,7 @@ from vibechat.kernels import backend
 from vibechat.kernels.language import device_of, power_of_two, tl, triton, triton_dtype, wide_dtype
 from vibechat.kernels.rms_norm import EPS
 from vibechat.kernels.rms_norm import reference as norm_reference
-from vibechat.kernels.tuning import Config, tuned_config
+from vibechat.kernels.tuning import RowConfig, tuned_config
 
 WIDEST = 1024  # channels of a head that a program can hold in registers
 
@@ -152,16 +152,16 @@ if triton is not None:
 # ---------------------------------------------------------------------------------------------------------------------
 # the launchers: any strides, nothing copied
 
-CONFIGS = (Config(16, 2), Config(16, 4), Config(32, 4), Config(32, 8))  # what bench.tune tries
+CONFIGS = (RowConfig(16, 2), RowConfig(16, 4), RowConfig(32, 4), RowConfig(32, 8))  # what bench.tune tries
 
 
-def _config(kernel: str, half: int, device: torch.device) -> Config:
-    return tuned_config(kernel, half, device) or default_config(half)
+def _config(kernel: str, half: int, device: torch.device) -> RowConfig:
+    return tuned_config(kernel, str(half), CONFIGS, device) or default_config(half)
 
 
-def default_config(half: int) -> Config:
+def default_config(half: int) -> RowConfig:
     """Where nothing was measured: 1,024 pairs a program, eight to a thread."""
-    return Config(min(64, max(1, 1024 // half)), 4)
+    return RowConfig(min(64, max(1, 1024 // half)), 4)
 
 
 def _grid(B: int, T: int, H: int, K: int, rows: int) -> tuple[int]:
@@ -173,7 +173,7 @@ def _table_strides(cos: Tensor) -> tuple[int, ...]:
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, eps: float, config: Config | None = None
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, eps: float, config: RowConfig | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q' (B, T, H, D), k' (B, T, K, D) and their rstd (B, T, H), (B, T, K); cos and sin have the same strides."""
     (B, T, H, D), K = q.shape, k.size(2)
@@ -197,7 +197,7 @@ def launch_forward(
 
 def launch_backward(
     dq: Tensor, dk: Tensor, q_out: Tensor, k_out: Tensor, q_rstd: Tensor, k_rstd: Tensor, cos: Tensor, sin: Tensor,
-    config: Config | None = None,
+    config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of q (B, T, H, D) and k (B, T, K, D), from those of the outputs and what the forward saved."""
     (B, T, H, D), K = q_out.shape, k_out.size(2)

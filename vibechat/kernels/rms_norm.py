@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vibechat.kernels import backend
 from vibechat.kernels.language import device_of, power_of_two, tl, triton, triton_dtype, wide_dtype
-from vibechat.kernels.tuning import Config, tuned_config
+from vibechat.kernels.tuning import RowConfig, tuned_config
 
 EPS = 2.0**-23  # what F.rms_norm takes for float32 (and for bfloat16, which it normalizes in float32)
 WIDEST = 16_384  # channels that a program can hold in registers
@@ -96,20 +96,20 @@ if triton is not None:
 # ---------------------------------------------------------------------------------------------------------------------
 # the launchers: any strides, nothing copied
 
-CONFIGS = (Config(1, 2), Config(1, 4), Config(2, 4), Config(4, 8))  # what bench.tune tries
+CONFIGS = (RowConfig(1, 2), RowConfig(1, 4), RowConfig(2, 4), RowConfig(4, 8))  # what bench.tune tries
 
 
-def _config(kernel: str, block: int, device: torch.device) -> Config:
-    return tuned_config(kernel, block, device) or default_config(block)
+def _config(kernel: str, block: int, device: torch.device) -> RowConfig:
+    return tuned_config(kernel, str(block), CONFIGS, device) or default_config(block)
 
 
-def default_config(block: int) -> Config:
+def default_config(block: int) -> RowConfig:
     """Where nothing was measured: 2,048 lanes and four warps, or one row and a warp for each 512 lanes."""
-    return Config(min(16, max(1, 2048 // block)), min(16, max(4, block // 512)))
+    return RowConfig(min(16, max(1, 2048 // block)), min(16, max(4, block // 512)))
 
 
 def launch_forward(
-    x: Tensor, residual: Tensor | None, eps: float, config: Config | None = None
+    x: Tensor, residual: Tensor | None, eps: float, config: RowConfig | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(sum or None, y, rstd) of x (B, T, C), plus a residual of the same shape and dtype if there is one."""
     B, T, C = x.shape
@@ -130,7 +130,9 @@ def launch_forward(
     return total, y, rstd
 
 
-def launch_backward(dy: Tensor, dsum: Tensor | None, x: Tensor, rstd: Tensor, config: Config | None = None) -> Tensor:
+def launch_backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, rstd: Tensor, config: RowConfig | None = None
+) -> Tensor:
     """dx (B, T, C) from the gradient of y, that of the sum if there is one, and what the forward saved."""
     B, T, C = x.shape
     dx = torch.empty((B, T, C), dtype=x.dtype, device=x.device)

@@ -1,27 +1,34 @@
-"""What was measured on a device: the best launch configuration of each kernel, and whether it beats plain PyTorch.
+"""What was measured on a device: the best configuration of each kernel, the best of several ways to compute an op, and
+whether its kernel beats plain PyTorch.
 
 One JSON file per device, shipped in `tuned/` (so that training never waits for autotuning) or written by
-`python -m bench.tune` to `$VIBECHAT_BASE_DIR/kernels/`, which wins. It holds
+`python -m bench.tune` to `$VIBECHAT_BASE_DIR/kernels/`, which wins. It holds seconds, and what is chosen follows:
 
-    {"configs": {"rms_norm_forward": {"2048": [rows, warps]}},                                  by width of a block
-     "ops": {"rms_norm": {"bfloat16": {"kernel": s, "eager": s, "compiled": s}}}, ...}       seconds, both passes
+    {"configs": {"rms_norm_forward": {"2048": {"rows": 1, "warps": 4}}},           kernel -> key -> the fastest
+     "choices": {"relu2_mlp": {"bfloat16": {"4096x1664": {"fused": s, "elementwise": s}}}},        op -> dtype -> key
+     "ops": {"rms_norm": {"bfloat16": {"d26": {"kernel": s, "eager": s, "compiled": s}}}}, ...}    both passes
 
-Without a file the default configuration of each kernel runs, and only where a run insists on the kernel.
+A configuration is a NamedTuple of integers, one class for a family of kernels; a key is a string that the launcher
+computes from the shapes, coarse enough that the shapes that were measured stand for those near them. A kernel declares
+at most six configurations, all of which tests compile, and takes no other from a file: a row of another version is
+as good as none. Without a row the launcher's default runs, and `auto` takes no kernel.
 """
 
 import functools
 import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 SHIPPED = Path(__file__).parent / "tuned"
+MOST_CONFIGS = 6  # that a kernel declares: each is compiled in the tests, and timed on every new device
 
 
-class Config(NamedTuple):
+class RowConfig(NamedTuple):
     """How a row kernel is launched."""
 
     rows: int
@@ -30,27 +37,27 @@ class Config(NamedTuple):
     """warps of a program"""
 
 
+AnyConfig = TypeVar("AnyConfig", bound=tuple[int, ...])
+
+
 class Measured(NamedTuple):
-    """Seconds of an op, forward and backward, summed over the shapes that were measured."""
+    """Seconds of an op, forward and backward, at one shape; infinite where memory did not suffice."""
 
     kernel: float
     eager: float
     compiled: float
 
-    @property
-    def against_eager(self) -> float:
-        """How many times as fast as the eager reference."""
-        return self.eager / self.kernel
 
-    @property
-    def against_compiled(self) -> float:
-        """How many times as fast as the reference under torch.compile."""
-        return self.compiled / self.kernel
+class Verdict(NamedTuple):
+    """How many times as fast as plain PyTorch a kernel is: where it gains least, and where it gains most."""
+
+    against_eager: tuple[float, float]
+    against_compiled: tuple[float, float]
 
     @property
     def kernel_wins(self) -> bool:
-        """Whether the kernel is faster than both."""
-        return self.kernel < min(self.eager, self.compiled)
+        """Whether the kernel is faster than both at every shape that was measured."""
+        return min(self.against_eager[0], self.against_compiled[0]) > 1
 
 
 def device_slug(name: str) -> str:
@@ -77,20 +84,42 @@ def _table(device: torch.device) -> dict[str, Any]:
     return read_table(device_slug(torch.cuda.get_device_name(device))) if device.type == "cuda" else {}
 
 
-def measured(op: str, device: torch.device, dtype: torch.dtype) -> Measured | None:
-    """The seconds of an op on this device, or None if nobody timed it there."""
-    row = _table(device).get("ops", {}).get(op, {}).get(str(dtype).removeprefix("torch."))
-    return Measured(row["kernel"], row["eager"], row["compiled"]) if row else None
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def verdict(op: str, device: torch.device, dtype: torch.dtype) -> Verdict | None:
+    """What was measured of an op on this device, or None if nobody timed it there."""
+    rows = [Measured(**row) for row in _table(device).get("ops", {}).get(op, {}).get(_name(dtype), {}).values()]
+    if not rows:
+        return None
+    eager, compiled = (
+        [getattr(row, other) / row.kernel if math.isfinite(row.kernel) else 0.0 for row in rows]
+        for other in ("eager", "compiled")
+    )
+    return Verdict((min(eager), max(eager)), (min(compiled), max(compiled)))
 
 
 @functools.cache
-def tuned_config(kernel: str, width: int, device: torch.device) -> Config | None:
-    """The measured configuration of a kernel for a block of this width, or None."""
-    row = _table(device).get("configs", {}).get(kernel, {}).get(str(width))
-    return Config(*row) if row else None
+def tuned_config(kernel: str, key: str, candidates: tuple[AnyConfig, ...], device: torch.device) -> AnyConfig | None:
+    """The measured configuration of a kernel under the launcher's key, or None; always one of the candidates."""
+    row = _table(device).get("configs", {}).get(kernel, {}).get(key)
+    return next((config for config in candidates if row == as_row(config)), None)
+
+
+def as_row(config: tuple[int, ...]) -> dict[str, int]:
+    """A configuration as the files hold it: its fields by name."""
+    return config._asdict()  # type: ignore[attr-defined]  # a NamedTuple, which no annotation can say
+
+
+@functools.cache
+def tuned_choice(op: str, key: str, ways: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str:
+    """Which of several ways to compute an op was the fastest under a key; the first where nobody measured."""
+    seconds = _table(device).get("choices", {}).get(op, {}).get(_name(dtype), {}).get(key, {})
+    return min(ways, key=lambda way: seconds.get(way, float("inf")))
 
 
 def forget() -> None:
     """Read the files again at the next question: what a program calls that has just written one."""
-    _table.cache_clear()
-    tuned_config.cache_clear()
+    for answers in (_table, tuned_config, tuned_choice):
+        answers.cache_clear()
