@@ -212,6 +212,17 @@ def test_optimizers_own_every_parameter_once_with_the_rates_of_the_width() -> No
     assert all(group["initial_lr"] == group["lr"] for o in optimizers for group in o.param_groups)
 
 
+def test_adamw_alone_owns_the_matrices_too() -> None:
+    model = GPT(TINY)
+    (adamw,) = model.setup_optimizers(matrix_lr=0.003, matrix_optimizer="adamw")
+    owned = [p for group in adamw.param_groups for p in group["params"]]
+    assert len(owned) == len({id(p) for p in owned}) == len(list(model.parameters()))
+    rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
+    assert rates[id(next(model.blocks()).mlp.c_fc.weight)] == 0.003
+    with pytest.raises(ValueError, match="one of muon, adamw"):
+        model.setup_optimizers(matrix_optimizer="sgd")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # generation
 

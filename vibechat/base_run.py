@@ -212,6 +212,7 @@ class BaseRun:
                 num_iterations=settings.num_iterations or -1,
                 target_flops=settings.target_flops,
                 target_param_data_ratio=settings.target_param_data_ratio or -1,
+                matrix_optimizer=settings.matrix_optimizer,
                 **self._rates(),
             )
         except ValueError as error:
@@ -228,7 +229,8 @@ class BaseRun:
         check_memory(self.plan.num_params, self.device)
         self.model = GPT(self.plan.model_config).to(self.device)
         self.model.init_weights()
-        self.optimizers = cast(list[TrainingOptimizer], self.model.setup_optimizers(**self._rates()))
+        optimizers = self.model.setup_optimizers(**self._rates(), matrix_optimizer=self.settings.matrix_optimizer)
+        self.optimizers = cast(list[TrainingOptimizer], optimizers)
         if self.start.meta is not None:
             if self.start.meta["model_config"] != dataclasses.asdict(self.model.config):
                 raise UserError(f"cannot continue {self.directory}: this version derives another model from its flags")

@@ -9,7 +9,7 @@ Shapes: B batch, T time, C channels (n_embd), H query heads, K key/value heads, 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from vibechat.muon import Muon
 
 ROPE_BASE = 10_000.0
 SOFTCAP = 15.0
+MATRIX_OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}  # of the blocks; the first is the default
 
 
 @dataclass(frozen=True)
@@ -269,28 +270,39 @@ class GPT(nn.Module):
         embedding_lr: float = 0.2,
         matrix_lr: float = 0.02,
         weight_decay: float = 0.0,
+        *,
+        matrix_optimizer: str = "muon",
     ) -> list[DistAdamW | Muon]:
-        """[AdamW for embedding and head, Muon for the matrices of the blocks].
+        """[AdamW for embedding and head, Muon for the matrices of the blocks], or one AdamW for all.
 
-        The AdamW rates are for 768 channels and scale with (n_embd / 768)^-0.5.
+        The rates of embedding and head are for 768 channels and scale with (n_embd / 768)^-0.5.
 
         Args:
             unembedding_lr: rate of the head.
             embedding_lr: rate of the token embedding.
-            matrix_lr: rate of Muon.
+            matrix_lr: rate of the matrices of the blocks, as it is.
             weight_decay: of AdamW.
+            matrix_optimizer: "muon", or "adamw" with the usual betas of (0.9, 0.95), which wants a far smaller rate.
+
+        Raises:
+            ValueError: for another optimizer.
         """
+        if matrix_optimizer not in MATRIX_OPTIMIZERS:
+            raise ValueError(f"{matrix_optimizer!r} optimizes no matrices; one of {', '.join(MATRIX_OPTIMIZERS)}")
         scale = (self.config.n_embd / 768) ** -0.5
-        adamw = DistAdamW(
-            [
-                {"params": [self.lm_head.weight], "lr": unembedding_lr * scale},
-                {"params": [self.transformer.wte.weight], "lr": embedding_lr * scale},
-            ],
-            betas=(0.8, 0.95),
-            eps=1e-10,
-            weight_decay=weight_decay,
-        )
-        muon = Muon(self.transformer.h.parameters(), lr=matrix_lr)
-        for group in (*adamw.param_groups, *muon.param_groups):
-            group["initial_lr"] = group["lr"]
-        return [adamw, muon]
+        matrices = list(self.transformer.h.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [self.lm_head.weight], "lr": unembedding_lr * scale},
+            {"params": [self.transformer.wte.weight], "lr": embedding_lr * scale},
+        ]
+        if matrix_optimizer == "adamw":
+            groups.append({"params": matrices, "lr": matrix_lr, "betas": (0.9, 0.95)})
+        optimizers: list[DistAdamW | Muon] = [
+            DistAdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=weight_decay)
+        ]
+        if matrix_optimizer == "muon":
+            optimizers.append(Muon(matrices, lr=matrix_lr))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        return optimizers

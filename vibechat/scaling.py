@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vibechat.gpt import GPT, GPTConfig
+from vibechat.gpt import GPT, MATRIX_OPTIMIZERS, GPTConfig
 
 HEAD_DIM = 128
 WARMUP_STEPS, WARMUP_SHARE = 40, 0.05
@@ -108,6 +108,7 @@ def plan(
     unembedding_lr: float = 0.004,
     matrix_lr: float = 0.02,
     weight_decay: float = 0.0,
+    matrix_optimizer: str = "muon",
 ) -> Plan:
     """Derive a run. The first of num_iterations, target_flops and the ratio that is positive sets its length.
 
@@ -121,8 +122,9 @@ def plan(
         target_param_data_ratio: training tokens per parameter, all parameters counted.
         embedding_lr: AdamW's rate of the token embedding at 768 channels.
         unembedding_lr: AdamW's rate of the head at 768 channels.
-        matrix_lr: Muon's rate.
+        matrix_lr: the matrices' rate.
         weight_decay: AdamW's.
+        matrix_optimizer: muon or adamw.
 
     Raises:
         ValueError: naming the argument that makes no run.
@@ -174,7 +176,7 @@ def plan(
             "iterations": formula,
             "embedding lr": f"{embedding_lr:g} x (dim / 768)^-0.5",
             "unembedding lr": f"{unembedding_lr:g} x (dim / 768)^-0.5",
-            "matrix lr": "Muon's, whatever the width",
+            "matrix lr": f"{MATRIX_OPTIMIZERS[matrix_optimizer]}'s, whatever the width",
             "weight decay": "AdamW's",
             "warmup": f"min({WARMUP_STEPS}, {WARMUP_SHARE:g} x iterations) updates, linear",
             "warmdown": f"the last {WARMDOWN_SHARE:g} of the iterations, linear, to {FINAL_LR_MULTIPLIER:g}",

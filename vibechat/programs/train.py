@@ -39,7 +39,9 @@ class Config:
     unembedding_lr: float | None = None
     """learning rate of the head, AdamW"""
     matrix_lr: float | None = None
-    """learning rate of the matrices, Muon"""
+    """learning rate of the matrices"""
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"
+    """optimizer of the matrices; adamw needs a --matrix-lr of its own, some 0.003"""
     weight_decay: float | None = None
     """weight decay of AdamW"""
     grad_clip: float = 0.0
@@ -97,6 +99,8 @@ class Config:
             if isinstance(value, int | float) and not least <= value < bound:
                 wanted = f"at least {least}" if value < least else "a usable number"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+        if self.matrix_optimizer == "adamw" and self.matrix_lr is None:
+            raise ValueError("--matrix-optimizer adamw: also needs --matrix-lr (Muon's rate is far too large; try 0.003)")
 
 
 # What a number must be at least.
@@ -129,7 +133,7 @@ DEMO: dict[str, Any] = {"model_tag": "demo", "resume": "auto", "eval_every": 100
 IDENTITY = (
     *("depth", "max_seq_len", "vocab_size", "num_iterations", "target_flops", "target_param_data_ratio"),
     *("device_batch_size", "total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay"),
-    *("grad_clip", "seed", "compile", "kernels", "deterministic"),
+    *("matrix_optimizer", "grad_clip", "seed", "compile", "kernels", "deterministic"),
 )
 OF_THIS_PROCESS = ("resume", "model_tag", "run", "wandb", "demo", "profile", "device")
 
@@ -182,12 +186,13 @@ def settle(config: Config, *, gpu: bool, before: dict[str, Any] | None) -> Confi
     for name, said in values.items():
         unsaid = said == plain[name]
         if before is not None and name not in OF_THIS_PROCESS:
-            if name in IDENTITY and not unsaid and said not in (before.get(name), "auto"):
+            trained_with = before.get(name, plain[name])  # a checkpoint older than a flag has its default
+            if name in IDENTITY and not unsaid and said not in (trained_with, "auto"):
                 raise UserError(
-                    f"--{name.replace('_', '-')} {said}: the checkpoint was trained with {before.get(name)}; "
+                    f"--{name.replace('_', '-')} {said}: the checkpoint was trained with {trained_with}; "
                     "leave it out, or choose another --model-tag"
                 )
-            values[name] = before.get(name) if unsaid or name in IDENTITY else said
+            values[name] = trained_with if unsaid or name in IDENTITY else said
         elif said is None and name in DEFAULTS:
             values[name] = DEFAULTS[name][0 if gpu else 1]
     other_length = config.target_flops > 0 or (config.target_param_data_ratio or -1) > 0
