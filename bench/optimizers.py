@@ -1,9 +1,9 @@
 """Does Muon train better than AdamW alone? `python -m bench.optimizers --data DATA --out DIR`.
 
-Equal tokens, equal data, equal seeds: Muon for the matrices of the blocks (AdamW for embedding and head, as always), and
-AdamW for everything with the matrices' learning rate swept. AdamW is given its best: every rate of the sweep runs with
-the first seed, a sweep whose best rate is at an end goes on past it, and the best rate runs with all seeds. Muon runs at
-the default rate of the trainer, unswept.
+Equal tokens, equal data, equal seeds: Muon for the matrices of the blocks (AdamW for embedding and head, as always),
+and AdamW for everything with the matrices' learning rate swept. AdamW is given its best: every rate of the sweep runs
+with the first seed, a sweep whose best rate is at an end goes on past it, and the best rate runs with every seed. Muon
+runs at the trainer's default rate, unswept.
 
 Each run is `scripts/train.py` in a process of its own, its result a line of DIR/runs.jsonl: a run that stands there is
 not repeated, so that a comparison that was broken off goes on where it was. The table is the mean and the standard

@@ -455,6 +455,7 @@ def refusal(lab: Lab, *argv: str, **flags: Any) -> str:
         ({"device_batch_size": 0}, "--device-batch-size 0: must be at least 1"),
         ({"eval_tokens": -5}, "--eval-tokens -5: must be at least 1"),
         ({"matrix_lr": -0.1}, "--matrix-lr -0.1: must be at least 0"),
+        ({"matrix_optimizer": "adamw"}, "--matrix-optimizer adamw: also needs --matrix-lr"),
         ({"grad_clip": "nan"}, "--grad-clip nan: must be a usable number"),
         ({"target_flops": "inf"}, "--target-flops inf: must be a usable number"),
         ({"seed": 2**64}, f"--seed {2**64}: must be a usable number"),
@@ -607,6 +608,8 @@ def test_a_continued_run_takes_what_was_not_said_from_its_checkpoint() -> None:
     again = settle(Config(resume="auto", save_every=9), gpu=True, before=before)
     assert (again.depth, again.eval_every, again.data, again.seed, again.save_every) == (2, 7, "a.txt", 5, 9)
     assert again.resume == "auto"
+    del before["matrix_optimizer"]  # as in a checkpoint that is older than the flag
+    assert settle(Config(resume="auto"), gpu=False, before=before).matrix_optimizer == "muon"
     assert {*IDENTITY, *OF_THIS_PROCESS, *DEFAULTS} <= vars(first).keys()
 
 

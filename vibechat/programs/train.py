@@ -100,7 +100,7 @@ class Config:
                 wanted = f"at least {least}" if value < least else "a usable number"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
         if self.matrix_optimizer == "adamw" and self.matrix_lr is None:
-            raise ValueError("--matrix-optimizer adamw: also needs --matrix-lr (Muon's rate is far too large; try 0.003)")
+            raise ValueError("--matrix-optimizer adamw: also needs --matrix-lr (Muon's is far too large; try 0.003)")
 
 
 # What a number must be at least.
