@@ -52,10 +52,14 @@ def assert_no_worse(ours: Tensor, eager: Tensor, truth: Tensor) -> None:
 
 
 def with_gradients(op: Op, inputs: Iterable[Tensor], upstream: Iterable[Tensor | None]) -> list[Tensor]:
-    """Outputs of op(*inputs), then the gradients of the inputs under these gradients of the outputs."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    """Outputs of op(*inputs), then the gradients of the inputs under these gradients of the outputs; with no upstream
+    at all, as for an op without a backward, the outputs alone."""
+    upstream = list(upstream)
+    leaves = [x.detach().requires_grad_(bool(upstream)) for x in inputs]
     outputs = op(*leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    if not upstream:
+        return list(outputs)
     pairs = [(y, dy) for y, dy in zip(outputs, upstream, strict=True) if dy is not None]
     gradients = torch.autograd.grad([y for y, _ in pairs], leaves, [dy for _, dy in pairs])
     return [*(y.detach() for y in outputs), *gradients]
