@@ -1,8 +1,8 @@
 """Triton, where it exists, and the few things that every launcher needs around it.
 
-`triton` and `tl` are None where Triton is not installed (macOS, Windows); kernels are then not defined, and backends
-say so. With $TRITON_INTERPRET=1, decided by Triton when a kernel is decorated, kernels run in its interpreter on CPU
-tensors: slow, and what the numerical tests stand on.
+`triton`, `tl` and `TensorDescriptor` are None where Triton is not installed (macOS, Windows); kernels are then not
+defined, and backends say so. With $TRITON_INTERPRET=1, decided by Triton when a kernel is decorated, kernels run in its
+interpreter on CPU tensors: slow, and what the numerical tests stand on.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ def _import(name: str) -> Any:
 
 triton = _import("triton")
 tl = _import("triton.language")
+TensorDescriptor: Any = getattr(_import("triton.tools.tensor_descriptor"), "TensorDescriptor", None)
 INTERPRETING: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
