@@ -59,7 +59,7 @@ def _liger_rms_norm() -> Callable[..., Any]:
     norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
 
     def call(x: Tensor) -> Any:
-        return norm.apply(x, torch.ones(x.size(-1), dtype=x.dtype, device=x.device), EPS, 0.0, "gemma", False)
+        return norm.apply(x, None, EPS, 0.0, "gemma", False)  # no gain, all in float32, dy left alone
 
     return call
 
@@ -68,7 +68,7 @@ def _liger_add_rms_norm() -> Callable[..., Any]:
     norm = importlib.import_module("liger_kernel.ops.fused_add_rms_norm").LigerFusedAddRMSNormFunction
 
     def call(residual: Tensor, x: Tensor) -> Any:
-        gain = torch.ones(x.size(-1), dtype=x.dtype, device=x.device)
+        gain = torch.ones(x.size(-1), dtype=x.dtype, device=x.device)  # it has no form without one
         return tuple(reversed(norm.apply(x, residual, gain, EPS, 0.0, "gemma", False)))
 
     return call
