@@ -1,12 +1,9 @@
 """The reference ops against the slow and obvious, in float64, and the choice between backends."""
 
 import itertools
-import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vibechat import kernels
-from vibechat.kernels import backend, tuning
+from vibechat.kernels import backend
 from vibechat.kernels.linear_cross_entropy import _GradientsInBackward, _Loss, reference, rows_per_chunk
 from vibechat.kernels.newton_schulz import POLAR_EXPRESS
 
@@ -312,20 +309,6 @@ def test_a_kernel_is_taken_where_it_does_not_refuse(monkeypatch: pytest.MonkeyPa
         return None if dtype == torch.bfloat16 else f"not in {dtype}"
 
     monkeypatch.setitem(backend.triton_refusals, "rms_norm", refusal)
-    row = {"kernel": 2.0, "eager": 6.0, "compiled": 3.0}
-    times = {"bfloat16": {"d12": row}}
-    monkeypatch.setattr(tuning, "_table", lambda device: {"ops": {"rms_norm": times}})
-    fastest = "the kernel measured 3.00x eager and 1.50x compiled"
-    assert kernels.choose("rms_norm", CPU, torch.bfloat16) == ("rms_norm", "triton", fastest)
-    times["bfloat16"]["d26"] = {"kernel": 2.0, "eager": 4.0, "compiled": 2.2}
-    mixed = "the kernel measured 2.00x to 3.00x eager and 1.10x to 1.50x compiled"
-    assert kernels.choose("rms_norm", CPU, torch.bfloat16) == ("rms_norm", "triton", mixed)
-    times["bfloat16"]["d20"] = {"kernel": 2.0, "eager": 4.0, "compiled": 1.9}
-    assert kernels.choose("rms_norm", CPU, torch.bfloat16).backend == "torch", "at one shape it is slower"
-    del times["bfloat16"]["d20"]
-    row["compiled"] = 1.0
-    assert kernels.choose("rms_norm", CPU, torch.bfloat16).backend == "torch", "it beats eager alone"
-    times.clear()
     assert "never measured" in kernels.choose("rms_norm", CPU, torch.bfloat16).reason
     assert kernels.choose("rms_norm", CPU, torch.float32) == ("rms_norm", "torch", "not in torch.float32")
     kernels.set_backend("torch")
@@ -364,67 +347,3 @@ def test_on_a_cpu_the_reference_is_called_whatever_was_asked_for() -> None:
     assert "vibechat" not in str(kernels.rms_norm(x).grad_fn).lower()
     with pytest.raises(ValueError, match="rms_norm=triton cannot run on cpu"):
         kernels.choose("rms_norm", CPU, torch.float32)
-
-
-def test_measurements_are_found_by_the_name_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert tuning.device_slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
-    assert tuning.device_slug("AMD Instinct MI300X") == "instinct-mi300x"
-    shipped = tmp_path / "shipped"
-    shipped.mkdir()
-    monkeypatch.setattr(tuning, "SHIPPED", shipped)
-    assert tuning.read_table("h200") == {}
-    (shipped / "h200.json").write_text('{"configs": {"a": {"1024": {"rows": 1}}}}')
-    assert tuning.read_table("h200")["configs"] == {"a": {"1024": {"rows": 1}}}
-    own = tuning.cached_file("h200")
-    own.parent.mkdir(parents=True)
-    own.write_text('{"configs": {}}')
-    assert tuning.read_table("h200") == {"configs": {}}, "this machine's own come first"
-
-
-@pytest.fixture
-def measured_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, Any]], torch.device]]:
-    """Record measurements of a GPU, as bench.tune does; the device that they are of."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA G1")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-
-    def record(content: dict[str, Any]) -> torch.device:
-        path = tuning.cached_file("g1")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-        tuning.forget()
-        return torch.device("cuda", 0)
-
-    yield record
-    tuning.forget()
-
-
-Record = Callable[[dict[str, Any]], torch.device]
-
-
-def test_a_tuned_configuration_is_taken(measured_here: Record) -> None:
-    gpu = measured_here({"configs": {"rms_norm_forward": {"2048": {"rows": 4, "warps": 8}}}})
-    configs = tuning.RowConfig(rows=1, warps=4), tuning.RowConfig(rows=4, warps=8)
-    assert tuning.tuned_config("rms_norm_forward", "2048", configs, gpu) == configs[1]
-    assert tuning.tuned_config("rms_norm_forward", "2048", configs[:1], gpu) is None, "one that no test compiled"
-    assert tuning.tuned_config("rms_norm_forward", "1024", configs, gpu) is None
-    assert tuning.tuned_config("rms_norm_forward", "2048", configs, CPU) is None
-
-
-def test_the_fastest_way_is_taken_and_the_first_where_nobody_measured(measured_here: Record) -> None:
-    seconds = {"4096": {"fused": 2.0, "plain": 1.0, "gone": 0.1}, "8192": {"fused": 1.0, "plain": 2.0}}
-    gpu = measured_here({"choices": {"relu2_mlp": {"bfloat16": seconds}}})
-    ways = "fused", "plain"
-    assert tuning.tuned_choice("relu2_mlp", "4096", ways, gpu, torch.bfloat16) == "plain"
-    assert tuning.tuned_choice("relu2_mlp", "8192", ways, gpu, torch.bfloat16) == "fused"
-    assert tuning.tuned_choice("relu2_mlp", "1024", ways, gpu, torch.bfloat16) == "fused"
-    assert tuning.tuned_choice("relu2_mlp", "4096", ways, gpu, torch.float16) == "fused"
-
-
-def test_a_kernel_for_which_memory_did_not_suffice_is_not_taken(measured_here: Record) -> None:
-    never = float("inf")
-    gpu = measured_here(
-        {"ops": {"rms_norm": {"bfloat16": {"d26": {"kernel": never, "eager": never, "compiled": 1.0}}}}}
-    )
-    verdict = tuning.verdict("rms_norm", gpu, torch.bfloat16)
-    assert verdict is not None
-    assert not verdict.kernel_wins

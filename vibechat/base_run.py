@@ -41,7 +41,7 @@ from vibechat.dataloader import Loader
 from vibechat.dataset import Dataset, open_dataset
 from vibechat.evaluation import Broken, FixedRows, comparison, prompts_for, write_samples
 from vibechat.gpt import GPT
-from vibechat.kernels import backend_table, set_backend
+from vibechat.kernels import backend_table, set_backend, tuning_advice
 from vibechat.micro_batch import check_memory, largest_micro_batch
 from vibechat.report import write_run_report
 from vibechat.run_directory import Display, RunDirectory, environment, new_run_name, versions
@@ -169,6 +169,8 @@ class BaseRun:
         for choice in table:
             print0(f"  {choice.op:<21} {choice.backend:<7} {choice.reason}")
         print0(f"  {'attention':<21} torch   {attention_backend(self.device)}")
+        if advice := tuning_advice(table):
+            print0(f"  {advice}")
 
     def _open_data(self) -> None:
         settings, meta = self.settings, self.start.meta

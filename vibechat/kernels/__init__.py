@@ -4,7 +4,7 @@ Tensors are (batch B, time T, channels C) or (B, T, heads H, head_dim D). Each o
 and costs.
 """
 
-from vibechat.kernels.backend import BACKENDS, OPS, Choice, backend_table, choose, set_backend
+from vibechat.kernels.backend import BACKENDS, OPS, Choice, backend_table, choose, set_backend, tuning_advice
 from vibechat.kernels.linear_cross_entropy import linear_cross_entropy
 from vibechat.kernels.newton_schulz import newton_schulz
 from vibechat.kernels.qk_norm_rope import qk_norm_rope, rotary_tables
@@ -25,4 +25,5 @@ __all__ = [
     "rms_norm",
     "rotary_tables",
     "set_backend",
+    "tuning_advice",
 ]

@@ -21,6 +21,7 @@ from vibechat.kernels.language import INTERPRETING, triton
 
 OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "relu2_mlp", "linear_cross_entropy", "newton_schulz")
 BACKENDS = ("auto", "triton", "torch")
+NEVER_MEASURED = "the kernel was never measured on this device (--kernels triton takes it)"
 
 # op -> a function of (device, dtype) that says why its Triton kernel cannot be used there, or None if it can.
 # A kernel's file fills its own entry in.
@@ -89,7 +90,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice(op, "torch", refusal)
     verdict = tuning.verdict(op, device, dtype)
     if verdict is None:
-        return Choice(op, "torch", "the kernel was never measured on this device (--kernels triton takes it)")
+        return Choice(op, "torch", NEVER_MEASURED)
     eager, compiled = (_range(ratios) for ratios in verdict)
     said = f"the kernel measured {eager} eager and {compiled} compiled"
     return Choice(op, "triton" if verdict.kernel_wins else "torch", said)
@@ -98,6 +99,16 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
 def _range(ratios: tuple[float, float]) -> str:
     low, high = (f"{ratio:.2f}x" for ratio in ratios)
     return low if low == high else f"{low} to {high}"
+
+
+def tuning_advice(table: list[Choice]) -> str | None:
+    """What to do about kernels that `auto` left out because nobody measured them here, or None if there are none."""
+    ops = [choice.op for choice in table if choice.reason == NEVER_MEASURED]
+    if not ops:
+        return None
+    return (
+        f"{', '.join(ops)}: measure them once on this GPU with python -m bench.tune (minutes; kept for every later run)"
+    )
 
 
 def backend_table(device: torch.device, dtype: torch.dtype) -> list[Choice]:

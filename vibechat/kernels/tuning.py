@@ -72,10 +72,18 @@ def cached_file(slug: str) -> Path:
 
 
 def read_table(slug: str) -> dict[str, Any]:
-    """The measurements of a device, this machine's own before the shipped ones; empty if there are none."""
+    """The measurements of a device, this machine's own before the shipped ones; empty if there are none.
+
+    Raises:
+        ValueError: naming a file that is damaged.
+    """
     for file in (cached_file(slug), SHIPPED / f"{slug}.json"):
         if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
+            try:
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                advice = "delete it, or measure again with python -m bench.tune"
+                raise ValueError(f"kernels: {file} holds no measurements ({error}): {advice}") from None
     return {}
 
 

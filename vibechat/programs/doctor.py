@@ -211,12 +211,16 @@ def _examine_choices(exam: Examination) -> None:
         exam.find("warning", f"torch.compile cannot be used: {obstacle}", "training works without it, slower")
     exam.note("Compute", "attention", attention_backend(device))
     try:
-        choices = importlib.import_module("vibechat.kernels").backend_table(device, dtype)
+        kernels = importlib.import_module("vibechat.kernels")
+        choices = kernels.backend_table(device, dtype)
     except ImportError:
         return
-    except ValueError as error:  # VIBECHAT_KERNELS asks for what cannot be had
-        exam.find("error", str(error), "unset VIBECHAT_KERNELS or set it to auto")
+    except ValueError as error:  # VIBECHAT_KERNELS asks for what cannot be had, or measurements are damaged
+        exam.find("error", str(error), "unset VIBECHAT_KERNELS, or set it to auto or torch")
         return
+    if advice := kernels.tuning_advice(choices):
+        what = "kernels that nobody measured on this GPU are not used: training is slower than it could be"
+        exam.find("warning", what, advice)
     ops: dict[str, list[str]] = {}
     for choice in choices:
         ops.setdefault(f"{choice.backend} ({choice.reason})", []).append(choice.op)
