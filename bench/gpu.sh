@@ -3,7 +3,7 @@
 #
 #   check    ceilings, cuBLAS at the models' shapes, then `pytest -m gpu`
 #   kernels  the best configuration of each kernel and whether `auto` may take it, then the benchmark suite
-#   mfu      real training steps: eager, compiled and with kernels, each with a profile by op
+#   mfu      real training steps: eager, compiled and with kernels, each with a profile by op; attention, way by way
 #
 # The most valuable rows come first and every row is written when it is measured, so a part that is cut off leaves what
 # it had. Results go to $OUT (default bench/results/gpu): at most eight files a part. Needs torch, triton, pytest and
@@ -46,6 +46,7 @@ kernels)
     ;;
 mfu)
     step mfu python -m bench.mfu --depth "${DEPTH:-26}" --json
+    step attention python -m bench.attention
     step profile python -m bench.step_profile --depth "${DEPTH:-26}"
     ;;
 esac

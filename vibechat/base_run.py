@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from vibechat.attention import attention_backend
+from vibechat.attention import attention_backend, set_attention
 from vibechat.checkpoint_manager import (
     check_free_disk,
     checkpoint_bytes,
@@ -165,10 +165,12 @@ class BaseRun:
             table = backend_table(self.device, dtype)
         except ValueError as error:
             raise UserError(f"--kernels {self.settings.kernels}: {error}") from error
+        set_attention(self.settings.attention)
+        attending = attention_backend(self.device, dtype)  # refuses what cannot be had
         print0(f"device {self.device}, compute dtype {str(dtype).removeprefix('torch.')}; kernels:")
         for choice in table:
             print0(f"  {choice.op:<21} {choice.backend:<7} {choice.reason}")
-        print0(f"  {'attention':<21} torch   {attention_backend(self.device)}")
+        print0(f"  {'attention':<21} torch   {attending}")
         if advice := tuning_advice(table):
             print0(f"  {advice}")
 

@@ -89,6 +89,9 @@ class Config:
     """compile the model with torch.compile (on, where there is a compiler)"""
     kernels: str | None = None
     """which kernels run: auto, triton or torch, with exceptions like auto,relu2_mlp=torch (auto)"""
+    attention: str = dataclasses.field(default_factory=lambda: os.environ.get("VIBECHAT_ATTENTION") or "auto")
+    """what attends: auto (cuDNN on Hopper and later), cudnn, flash, efficient, flex, math or sdpa (PyTorch's own
+    choice); what is not there is refused (VIBECHAT_ATTENTION=way asks for it too)"""
     deterministic: bool | None = None
     """bitwise reproducible steps (always on a CPU; on a GPU at a cost in speed)"""
 
@@ -133,7 +136,7 @@ DEMO: dict[str, Any] = {"model_tag": "demo", "resume": "auto", "eval_every": 100
 IDENTITY = (
     *("depth", "max_seq_len", "vocab_size", "num_iterations", "target_flops", "target_param_data_ratio"),
     *("device_batch_size", "total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay"),
-    *("matrix_optimizer", "grad_clip", "seed", "compile", "kernels", "deterministic"),
+    *("matrix_optimizer", "grad_clip", "seed", "compile", "kernels", "attention", "deterministic"),
 )
 OF_THIS_PROCESS = ("resume", "model_tag", "run", "wandb", "demo", "profile", "device")
 
