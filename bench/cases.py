@@ -3,7 +3,7 @@
 Implementations: `eager` (the reference), `compiled` (the reference under torch.compile), `ours` (the public op with
 its kernel; where Triton runs), `ours:WAY` (each way that the op chooses from, if there are several), `liger` (where
 liger_kernel is installed and has the op). Passes: `forward` (without a graph), `backward` (the graph made before) and
-`both`. What an op is stands in bench/ops.
+`both`. What an op is stands in bench/ops. In Triton's interpreter, where times mean nothing, `compiled` is traced only.
 """
 
 import functools
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bench.measure import L2_BYTES
 from bench.ops import OPS, Op
-from bench.shapes import LENGTH, MODELS, Model, Shape, Source
+from bench.shapes import Model, Shape, Source, can_run_kernels, scale_of
 from vibechat.kernels.cost import Cost
+from vibechat.kernels.language import INTERPRETING
 
 IMPLEMENTATIONS = ("ours", "eager", "compiled", "liger")
 PASSES = ("both", "forward", "backward")
@@ -45,18 +46,17 @@ class Case(NamedTuple):
 
 def all_cases(device: torch.device) -> Iterator[Case]:
     """The most valuable rows first; small shapes on a CPU."""
-    large = device.type == "cuda"
-    models = tuple(reversed(MODELS)) if large else (Model(4, 256, 2, 2048),)
-    batches = list(dict.fromkeys(batch for op in OPS.values() for batch in op.batches)) if large else [2]
+    scale = scale_of(device)
+    batches = [scale.batch] if scale.batch else list(dict.fromkeys(b for op in OPS.values() for b in op.batches))
     for batch in batches:
         for direction in PASSES:
             for op in OPS.values():
-                if direction not in op.passes or (large and batch not in op.batches):
+                if direction not in op.passes or (scale.batch is None and batch not in op.batches):
                     continue
-                for model in models:
+                for model in scale.models:
                     for implementation in (*IMPLEMENTATIONS, *(f"ours:{way}" for way in op.ways)):
                         if implementation_of(op.name, implementation, device) is not None:
-                            yield Case(op.name, implementation, model, batch, LENGTH if large else 256, direction)
+                            yield Case(op.name, implementation, model, batch, scale.length, direction)
 
 
 @functools.cache
@@ -66,11 +66,11 @@ def implementation_of(name: str, implementation: str, device: torch.device) -> C
     if implementation == "eager":
         return op.reference
     if implementation == "compiled":
-        return torch.compile(op.reference, dynamic=False)
-    if device.type != "cuda":
-        return None  # on a CPU the public op is the reference
+        return torch.compile(op.reference, dynamic=False, backend="aot_eager" if INTERPRETING else "inductor")
     if implementation == "liger":
-        return _liger(op)
+        return _liger(op) if device.type == "cuda" else None
+    if not can_run_kernels(device):
+        return None  # the public op is the reference
     return op.ways[implementation.removeprefix("ours:")] if ":" in implementation else op.public
 
 
@@ -86,7 +86,7 @@ def cost_of(case: Case, itemsize: int = 2) -> Cost:
     return OPS[case.op].total_cost(case.shape, itemsize, case.direction)
 
 
-def calls_of(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Callable[[], Any]]:
+def calls_of(case: Case, device: torch.device, dtype: torch.dtype) -> list[Callable[[], Any]]:
     """The case on as many different inputs as it takes to pass the L2 cache; one, if they are far larger anyway."""
     op = implementation_of(case.op, case.implementation, device)
     assert op is not None

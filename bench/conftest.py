@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.measure import Ceilings, ResultFile, measure_ceilings, results_directory
+from bench.shapes import can_run_kernels
 from vibechat import kernels
 
 
@@ -26,6 +27,6 @@ def results(device: torch.device, ceilings: Ceilings) -> ResultFile:
 
 @pytest.fixture(autouse=True)
 def kernels_where_they_exist(device: torch.device) -> Iterator[None]:
-    kernels.set_backend("triton" if device.type == "cuda" else "torch")
+    kernels.set_backend("triton" if can_run_kernels(device) else "torch")
     yield
     kernels.set_backend("auto")

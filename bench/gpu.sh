@@ -1,32 +1,44 @@
 #!/usr/bin/env bash
-# What a GPU has to say, in parts of under nine minutes each: bench/gpu.sh check | kernels | mfu
+# What a GPU has to say, in parts of under nine minutes each: bench/gpu.sh check | kernels [OP...] | mfu
 #
 #   check    ceilings, cuBLAS at the models' shapes, then `pytest -m gpu`
-#   kernels  the best configuration of each kernel and whether `auto` may take it, then the benchmark suite
+#   kernels  the best configuration of each kernel and whether `auto` may take it, then the benchmark suite; of these
+#            ops alone, if some are named
 #   mfu      real training steps: eager, compiled and with kernels, each with a profile by op; attention, way by way
 #
 # The most valuable rows come first and every row is written when it is measured, so a part that is cut off leaves what
-# it had. Results go to $OUT (default bench/results/gpu): at most eight files a part. Needs torch, triton, pytest and
-# nothing else: no network, no installation. A Liger wheel at bench/wheels/*.whl is used where it lies.
+# it had. Results go to $OUT (default bench/results/gpu): at most eight files a part. $MINUTES (8.5) is the time that a
+# part has. Needs torch, triton, pytest with pytest-benchmark and hypothesis, and nothing else: no network, no
+# installation. A Liger wheel at bench/wheels/*.whl is used where it lies.
+#
+# Where there is no GPU, check and kernels are a rehearsal: the same commands at tiny shapes, kernels in Triton's
+# interpreter, results in a temporary directory. What it measures means nothing; that it ends well does.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part="${1:-}"
-case "$part" in check | kernels | mfu) ;; *) echo "usage: bench/gpu.sh check|kernels|mfu" >&2; exit 2 ;; esac
+case "$part" in check | kernels | mfu) shift ;; *) echo "usage: bench/gpu.sh check|kernels [OP...]|mfu" >&2; exit 2 ;; esac
+python="$(command -v python3 || command -v python)"
+gpu="$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')" || { echo "error: $python has no torch" >&2; exit 2; }
+questions="-m gpu tests/gpu"
+if [ "$gpu" = 0 ] && [ "$part" != mfu ]; then
+    export OUT="${OUT:-$(mktemp -d)}" TRITON_INTERPRET=1
+    questions="tests/interpreted/test_gpu_tests.py"
+    echo "no GPU: a rehearsal in Triton's interpreter, into $OUT"
+fi
 export OUT="${OUT:-$PWD/bench/results/gpu}"
 export VIBECHAT_BASE_DIR="${VIBECHAT_BASE_DIR:-$OUT/.base}"
-export TOKENIZERS_PARALLELISM=false
-minutes="${MINUTES:-8.5}"
-seconds="$(awk "BEGIN { print int(60 * $minutes) }")"
+export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+seconds="$(awk "BEGIN { print int(60 * ${MINUTES:-8.5}) }")"
 mkdir -p "$OUT"
 for wheel in bench/wheels/*.whl; do [ -e "$wheel" ] && export PYTHONPATH="$PWD/$wheel${PYTHONPATH:+:$PYTHONPATH}"; done
 deadline=$((SECONDS + seconds))
 
-# step NAME COMMAND...: run it in what is left of the time, its words to NAME.log
+# step NAME SHARE COMMAND...: run it in at most this share (per cent) of what is left of the time, its words to NAME.log
 step() {
-    local name="$1" left=$((deadline - SECONDS))
-    shift
+    local name="$1" left=$(((deadline - SECONDS) * $2 / 100))
+    shift 2
     if [ "$left" -lt 15 ]; then echo "$name: no time left"; status=1; return; fi
-    echo "== $name ($left s left): $*"
+    echo "== $name ($left s at most): $*"
     timeout --signal=INT --kill-after=10 "$left" "$@" >"$OUT/$name.log" 2>&1
     local code=$?
     tail -n 40 "$OUT/$name.log"
@@ -36,18 +48,20 @@ step() {
 status=0
 case "$part" in
 check)
-    step ceilings python -m bench.ceilings
-    step gpu-tests python -m pytest -p no:cacheprovider -m gpu -q tests/gpu
+    step ceilings 50 "$python" -m bench.ceilings
+    # shellcheck disable=SC2086  # a marker and a path, or a path
+    step gpu-tests 100 "$python" -m pytest -p no:cacheprovider -q $questions
     ;;
 kernels)
-    step tune python -m bench.tune --out "$OUT"
-    step kernels python -m pytest -p no:cacheprovider bench/test_kernels.py --benchmark-only -q
-    [ -e "$OUT/kernels.json" ] && python -m bench.report "$OUT/kernels.json" >"$OUT/kernels.md"
+    names="$(IFS=' '; echo "$*")"
+    step tune 60 "$python" -m bench.tune --out "$OUT" ${names:+--ops "$@"}
+    step kernels 95 "$python" -m pytest -p no:cacheprovider -q bench/test_kernels.py --benchmark-only ${names:+-k "${names// / or }"}
+    [ -e "$OUT/kernels.json" ] && "$python" -m bench.report "$OUT/kernels.json" >"$OUT/kernels.md"
     ;;
 mfu)
-    step mfu python -m bench.mfu --depth "${DEPTH:-26}" --json
-    step attention python -m bench.attention
-    step profile python -m bench.step_profile --depth "${DEPTH:-26}"
+    step mfu 60 "$python" -m bench.mfu --depth "${DEPTH:-26}" --json
+    step attention 30 "$python" -m bench.attention
+    step profile 100 "$python" -m bench.step_profile --depth "${DEPTH:-26}"
     ;;
 esac
 rm -rf "$OUT/.base"

@@ -1,10 +1,11 @@
 """Render recorded kernel benchmarks: `python -m bench.report [bench/results/<device>/kernels.json ...]`.
 
 Prints, for each file, a table per pass of microseconds and the share of the measured copy bandwidth, with ours against
-eager, compiled and Liger; and writes a plot beside the file as <name>.png.
+eager, compiled and Liger; and writes a plot beside the file as <name>.png, where matplotlib is.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections import defaultdict
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError, KeyError) as error:
             print(f"error: {file} is no recorded benchmark: {error!r}", file=sys.stderr)
             return 2
-        plot(content, file.with_suffix(".png"))
+        if importlib.util.find_spec("matplotlib"):
+            plot(content, file.with_suffix(".png"))
     return 0
 
 

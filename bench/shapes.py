@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vibechat.common import compute_dtype
+from vibechat.kernels.language import INTERPRETING
+
 LENGTH = 2048
 HEAD_DIM = 128
 VOCABULARY = 65_536
@@ -33,6 +36,33 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         """Tokens."""
         return self.batch * self.length
+
+
+class Scale(NamedTuple):
+    """What a device is measured at."""
+
+    models: tuple[Model, ...]
+    """the most valuable first"""
+    length: int
+    batch: int | None
+    """None: each op's own"""
+
+
+def scale_of(device: torch.device) -> Scale:
+    """The models' shapes on a GPU; small ones on a CPU; as small as it gets in Triton's interpreter."""
+    if device.type == "cuda":
+        return Scale(tuple(reversed(MODELS)), LENGTH, None)
+    return Scale((Model(2, 128, 1, 512),), 8, 2) if INTERPRETING else Scale((Model(4, 256, 2, 2048),), 256, 2)
+
+
+def can_run_kernels(device: torch.device) -> bool:
+    """On a GPU, or in the interpreter."""
+    return device.type == "cuda" or INTERPRETING
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """What training computes in there; float32 in the interpreter, whose bfloat16 is wrong."""
+    return torch.float32 if INTERPRETING else compute_dtype(device)
 
 
 class Source:

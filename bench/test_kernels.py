@@ -12,22 +12,25 @@ import torch
 
 from bench.cases import Case, all_cases, calls_of, cost_of
 from bench.measure import Ceilings, ResultFile, peak_extra_bytes, time_calls
+from bench.shapes import usual_dtype
 
 CASES = list(all_cases(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_kernel(case: Case, benchmark: Any, device: torch.device, ceilings: Ceilings, results: ResultFile) -> None:
+    dtype = usual_dtype(device)
     try:
-        calls = calls_of(case, device)
+        calls = calls_of(case, device, dtype)
         timing = time_calls(calls, device)
     except torch.OutOfMemoryError:
         results.add({**case._asdict(), "model": f"d{case.model.depth}", "error": "out of memory"})
         pytest.skip("out of memory, which is this row's result")
-    cost = cost_of(case)
+    cost = cost_of(case, dtype.itemsize)
     row = {
         **case._asdict(),
         "model": f"d{case.model.depth}",
+        "dtype": str(dtype).removeprefix("torch."),
         **timing._asdict(),
         "bytes": cost.bytes,
         "flops": cost.flops,

@@ -1,0 +1,62 @@
+"""bench/gpu.sh, rehearsed: the commands that a GPU will be given, at tiny shapes in Triton's interpreter."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vibechat.kernels.language import triton
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "bench/gpu.sh"
+pytestmark = [
+    pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured"),
+]
+
+
+def gpu_sh(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    variables = {**os.environ, "PATH": path, "OUT": str(out), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(["bash", SCRIPT, *arguments], env=variables, capture_output=True, text=True, timeout=500)
+
+
+def test_it_names_its_parts(tmp_path: Path) -> None:
+    for arguments in ((), ("everything",)):
+        done = gpu_sh(tmp_path / "out", *arguments)
+        assert done.returncode == 2
+        assert done.stderr == "usage: bench/gpu.sh check|kernels [OP...]|mfu\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_without_time_says_so_and_fails(tmp_path: Path) -> None:
+    done = gpu_sh(tmp_path, "check", MINUTES="0.01")
+    assert done.returncode == 1
+    assert "ceilings: no time left" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_kernels_ends_well_and_leaves_what_it_measured(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = gpu_sh(out, "kernels", "qk_norm_rope")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (tuned,) = out.glob("tuned-*.json")
+    names = {"tune.log", tuned.name, "kernels.log", "kernels.json", "kernels.md", "kernels.png"}
+    assert {path.name for path in out.iterdir()} == names
+    assert len(names) <= 8
+    table = json.loads(tuned.read_text())
+    assert set(table["configs"]) == {"qk_norm_rope_forward", "qk_norm_rope_backward"}
+    (row,) = table["ops"]["qk_norm_rope"]["float32"].values()
+    assert row.keys() == {"kernel", "eager", "compiled"}
+    rows = json.loads((out / "kernels.json").read_text())["rows"]
+    found = {(row["op"], row["implementation"], row["direction"]) for row in rows}
+    passes = ("both", "forward", "backward")
+    assert found == {("qk_norm_rope", how, way) for how in ("ours", "eager", "compiled") for way in passes}
+    assert "| both | qk_norm_rope | 2 | d2 | ours |" in (out / "kernels.md").read_text()
