@@ -58,16 +58,22 @@ def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, eps: float = EPS) 
 if triton is not None:
 
     @triton.jit
-    def _norm_rotate(  # type: ignore[no-untyped-def]
-        pid, x_ptr, y_ptr, rstd_ptr, cos_ptr, sin_ptr, T, H, D, eps, x_b, x_t, x_h, x_d, c_b, c_t, c_d,
-        ROWS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
-    ):  # fmt: skip
+    def _place(pid, T, H, D, ROWS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+        """(batch element, rows, their times, their heads, pairs of a head, what of that exists), in 64 bits but for
+        the rows of one batch element: offsets pass 2^31."""
         tiles = tl.cdiv(T * H, ROWS)
         b = (pid // tiles).to(tl.int64)
         row = (pid % tiles) * ROWS + tl.arange(0, ROWS)
         t, h = (row // H).to(tl.int64)[:, None], (row % H).to(tl.int64)[:, None]
         d = tl.arange(0, HALF)[None, :]
-        inside = (row < T * H)[:, None] & (d < D // 2)
+        return b, row, t, h, d, (row < T * H)[:, None] & (d < D // 2)
+
+    @triton.jit
+    def _norm_rotate(  # type: ignore[no-untyped-def]
+        pid, x_ptr, y_ptr, rstd_ptr, cos_ptr, sin_ptr, T, H, D, eps, x_b, x_t, x_h, x_d, c_b, c_t, c_d,
+        ROWS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+    ):  # fmt: skip
+        b, row, t, h, d, inside = _place(pid, T, H, D, ROWS, HALF)
         x = x_ptr + b * x_b + t * x_t + h * x_h + d * x_d
         x1 = tl.load(x, mask=inside, other=0.0).to(WIDE)
         x2 = tl.load(x + (D // 2) * x_d, mask=inside, other=0.0).to(WIDE)
@@ -106,12 +112,7 @@ if triton is not None:
         pid, dy_ptr, y_ptr, rstd_ptr, dx_ptr, cos_ptr, sin_ptr, T, H, D, dy_b, dy_t, dy_h, dy_d, c_b, c_t, c_d,
         ROWS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
-        tiles = tl.cdiv(T * H, ROWS)
-        b = (pid // tiles).to(tl.int64)
-        row = (pid % tiles) * ROWS + tl.arange(0, ROWS)
-        t, h = (row // H).to(tl.int64)[:, None], (row % H).to(tl.int64)[:, None]
-        d = tl.arange(0, HALF)[None, :]
-        inside = (row < T * H)[:, None] & (d < D // 2)
+        b, row, t, h, d, inside = _place(pid, T, H, D, ROWS, HALF)
         dy = dy_ptr + b * dy_b + t * dy_t + h * dy_h + d * dy_d
         dy1 = tl.load(dy, mask=inside, other=0.0).to(WIDE)
         dy2 = tl.load(dy + (D // 2) * dy_d, mask=inside, other=0.0).to(WIDE)
