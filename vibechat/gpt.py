@@ -2,7 +2,8 @@
 
 Rotary positions, QK-norm, ReLU^2 MLP, RMSNorm without gain, a norm after the embedding, untied head, no biases,
 grouped query heads, softcapped logits. The weights map one to one onto transformers' NanoChat model. Master weights are
-float32; each matmul casts its weight to the dtype of its input, which `compute_dtype` chose once for the device.
+float32; each matmul casts its weight to the dtype of its input, which `compute_dtype` chose once for the device (in
+training the step has cast them already, so that `to` returns what it was given).
 
 Shapes: B batch, T time, C channels (n_embd), H query heads, K key/value heads, D head_dim, V vocabulary.
 """
@@ -170,6 +171,10 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             assert isinstance(block, Block)
             yield block
+
+    def matmul_weights(self) -> dict[str, nn.Parameter]:
+        """The parameters that matmuls read, by name: what a training step casts once, and not at every use."""
+        return {name: p for name, p in self.named_parameters() if p is not self.transformer.wte.weight}
 
     def get_device(self) -> torch.device:
         """The device the model is on."""

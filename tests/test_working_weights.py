@@ -1,0 +1,190 @@
+"""Weights cast once a step: the same gradients as a cast at every use, in float32, and nobody else notices."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vibechat.gpt import GPT, GPTConfig
+from vibechat.train_step import MicroBatch, TrainStep
+from vibechat.working_weights import WorkingWeights
+
+CONFIG = GPTConfig(sequence_len=16, vocab_size=67, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+
+
+@pytest.fixture(autouse=True)
+def computing_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIBECHAT_DTYPE", "bfloat16")
+
+
+def batches(count: int) -> list[MicroBatch]:
+    rng = torch.Generator().manual_seed(count)
+    tokens = [torch.randint(CONFIG.vocab_size, (2, CONFIG.sequence_len + 1), generator=rng) for _ in range(count)]
+    return [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+
+
+def make(*, compile: bool = False) -> tuple[GPT, TrainStep]:
+    torch.manual_seed(0)
+    model = GPT(CONFIG)
+    model.init_weights()
+    for block in model.blocks():  # zero weights hide what is behind them
+        for linear in (block.attn.c_proj, block.mlp.c_proj):
+            torch.nn.init.normal_(linear.weight, std=0.2)
+    return model, TrainStep(model, model.setup_optimizers(), compile=compile)
+
+
+def gradients(model: GPT) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def cast_at_every_use(rows: list[MicroBatch], model: GPT | None = None) -> tuple[float, dict[str, Tensor]]:
+    """The step written out, with the casts that the model makes itself."""
+    model = model or make()[0]
+    count = sum(int((targets >= 0).sum()) for _, targets in rows)
+    total = torch.zeros(())
+    for inputs, targets in rows:
+        nats = model(inputs, targets, loss_reduction="sum")
+        nats.backward(torch.tensor(1.0) / count)
+        total += nats.detach()
+    return float(total / count), gradients(model)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_gradients_are_those_of_a_cast_at_every_use(count: int) -> None:
+    loss, expected = cast_at_every_use(batches(count))
+    model, step = make()
+    assert float(step._forward_backward(batches(count))) == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == torch.float32
+        if name == "lm_head.weight":  # its gradient is rounded once, as those of the other matrices always were
+            assert (gradient - expected[name]).norm() <= 2**-8 * expected[name].norm()
+        else:
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+
+
+class Casts(TorchDispatchMode):
+    """How often each of `weights` was cast to another dtype, and the shapes of everything that became float32."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.of_weight = {weight.data_ptr(): 0 for weight in weights}
+        self.packed = 0
+        self.up: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        sources = args[1] if name == "_foreach_copy_" else [args[0]] if name == "_to_copy" else []
+        for source in sources:
+            if source.data_ptr() in self.of_weight:
+                self.of_weight[source.data_ptr()] += 1
+        self.packed += name == "cat" and args[0][0].data_ptr() in self.of_weight
+        if name == "_to_copy" and result.dtype == torch.float32:
+            self.up.append(result.shape)
+        return result
+
+
+def test_each_weight_is_cast_once_a_step() -> None:
+    model, step = make()
+    matrices = list(model.matmul_weights().values())
+    with Casts(matrices) as casts:
+        step(batches(4))
+    assert set(casts.of_weight.values()) == {1}
+    assert casts.packed == 0  # q, k and v are packed after they were cast
+    for shape in {p.shape for p in matrices} - {model.lm_head.weight.shape}:  # of the head's, the loss adds up chunks
+        assert casts.up.count(shape) <= sum(p.shape == shape for p in matrices), f"{shape}: a gradient written twice"
+
+
+def test_gradients_are_added_in_float32() -> None:
+    """1 and 512 times 2^-10, a sum that bfloat16 does not hold."""
+    master = torch.nn.Parameter(torch.ones(3))
+    working = WorkingWeights({"w": master}, torch.bfloat16)
+    working.refresh()
+    copy = working.copies["w"]
+    (copy * 1.0).sum().backward()
+    for _ in range(512):
+        (copy * 2.0**-10).sum().backward()
+    assert master.grad is not None
+    torch.testing.assert_close(master.grad, torch.full((3,), 1.5), rtol=0, atol=0)
+    assert copy.grad is None
+
+
+def test_gradients_that_stay_in_place_are_added_to() -> None:
+    """As CUDA graphs want it."""
+    master = torch.nn.Parameter(torch.ones(3))
+    master.grad = kept = torch.zeros(3)
+    working = WorkingWeights({"w": master}, torch.bfloat16)
+    working.refresh()
+    working.copies["w"].sum().backward()
+    assert master.grad is kept
+    assert kept.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_copies_follow_the_masters() -> None:
+    """After an update, after weights were loaded, and when the compute dtype changes."""
+    model, step = make()
+    other, other_step = make()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    expected = float(other_step._forward_backward(batches(2)))
+    step(batches(2))
+    model.load_state_dict(other.state_dict())
+    assert float(step._forward_backward(batches(2))) == expected
+    step._zero_grad()
+    model.set_compute_dtype(torch.float32)
+    other.set_compute_dtype(torch.float32)
+    other_step._zero_grad()
+    loss = float(step._forward_backward(batches(2)))
+    assert step._working is None
+    assert loss == pytest.approx(cast_at_every_use(batches(2), other)[0], rel=1e-6)
+
+
+def test_the_model_itself_is_as_it_was() -> None:
+    model, step = make()
+    before = {name: (id(p), p.dtype, p.shape) for name, p in model.named_parameters()}
+    step(batches(2))
+    assert {name: (id(p), p.dtype, p.shape) for name, p in model.named_parameters()} == before
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_graph_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
+    counters.clear()
+    _, step = make(compile=True)
+    losses = [float(step(batches(3))[0]) for _ in range(2)]
+    assert step.compiled
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    _, eager = make()
+    assert losses == pytest.approx([float(eager(batches(3))[0]) for _ in range(2)], rel=1e-5)
+
+
+def test_a_lone_micro_batch_on_a_cpu_is_left_to_the_compiler() -> None:
+    _, step = make()
+    step(batches(1))
+    assert step._working is None
+    step(batches(2))
+    assert step._working is not None
+
+
+def test_a_model_without_such_weights_is_trained_as_it_is() -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, inputs: Tensor, targets: Tensor, loss_reduction: str) -> Tensor:
+            return (self.w * inputs).sum()
+
+    model = Plain()
+    step = TrainStep(model, [])
+    step._forward_backward([(torch.full((1, 2), 3), torch.zeros(1, 2))])
+    assert model.w.grad is not None
+    assert model.w.grad.item() == 3.0
