@@ -210,6 +210,8 @@ def test_optimizers_own_every_parameter_once_with_the_rates_of_the_width() -> No
     assert rates[id(model.transformer.wte.weight)] == pytest.approx(0.2 * scale)
     assert rates[id(next(model.blocks()).mlp.c_fc.weight)] == 0.3
     assert all(group["initial_lr"] == group["lr"] for o in optimizers for group in o.param_groups)
+    muon = model.setup_optimizers(matrix_weight_decay=0.1, normuon=True)[1]
+    assert all(group["weight_decay"] == 0.1 and group["normuon"] for group in muon.param_groups)
 
 
 def test_adamw_alone_owns_the_matrices_too() -> None:

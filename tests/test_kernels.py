@@ -7,14 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from vibechat import kernels
 from vibechat.kernels import backend
 from vibechat.kernels.linear_cross_entropy import _GradientsInBackward, _Loss, reference, rows_per_chunk
-from vibechat.kernels.newton_schulz import POLAR_EXPRESS
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -248,40 +247,6 @@ def test_reduction_none_computes_the_logits_again_rather_than_keep_them() -> Non
         node = node.next_functions[0][0]
     assert node is not None
     assert sum(t.numel() for t in node.saved_tensors) == x.numel() + weight.numel() + 4
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Newton-Schulz
-
-
-def polar(sigma: Tensor, steps: int = 5) -> Tensor:
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        sigma = a * sigma + b * sigma**3 + c * sigma**5
-    return sigma
-
-
-@pytest.mark.parametrize("shape", [(24, 24), (16, 64), (64, 16)])
-@settings(max_examples=15)
-@given(seed=st.integers(0, 2**31))
-def test_newton_schulz_maps_singular_values_by_the_polynomial(shape: tuple[int, int], seed: int) -> None:
-    g = randn(*shape, seed=seed)
-    u, s, vh = torch.linalg.svd(g, full_matrices=False)
-    expected = u @ torch.diag(polar(s / (1.01 * s.norm()))) @ vh
-    torch.testing.assert_close(kernels.newton_schulz(g), expected, atol=1e-7, rtol=1e-7)
-    assert torch.linalg.svdvals(kernels.newton_schulz(g)).sub(1).abs().max() < 0.15 or s.min() < 1e-3 * s.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_newton_schulz_takes_stacks_and_any_scale(dtype: torch.dtype) -> None:
-    stack = randn(3, 16, 32)
-    stack[1] *= 1e-30
-    stack[2] *= 1e30
-    result = kernels.newton_schulz(stack.to(dtype))
-    assert result.dtype == dtype
-    assert torch.isfinite(result).all()
-    for one, member in zip(result, stack, strict=True):
-        assert relative(one, kernels.newton_schulz(member)) < (0.1 if dtype == torch.bfloat16 else 1e-4)
-    assert kernels.newton_schulz(torch.zeros(2, 8, 4, dtype=dtype)).abs().max() == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,13 @@ class BaseRun:
         check_memory(self.plan.num_params, self.device)
         self.model = GPT(self.plan.model_config).to(self.device)
         self.model.init_weights()
-        optimizers = self.model.setup_optimizers(**self._rates(), matrix_optimizer=self.settings.matrix_optimizer)
+        settings = self.settings
+        optimizers = self.model.setup_optimizers(
+            **self._rates(),
+            matrix_optimizer=settings.matrix_optimizer,
+            matrix_weight_decay=settings.matrix_weight_decay,
+            normuon=settings.normuon,
+        )
         self.optimizers = cast(list[TrainingOptimizer], optimizers)
         if self.start.meta is not None:
             if self.start.meta["model_config"] != dataclasses.asdict(self.model.config):

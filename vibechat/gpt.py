@@ -277,6 +277,8 @@ class GPT(nn.Module):
         weight_decay: float = 0.0,
         *,
         matrix_optimizer: str = "muon",
+        matrix_weight_decay: float = 0.0,
+        normuon: bool = False,
     ) -> list[DistAdamW | Muon]:
         """[AdamW for embedding and head, Muon for the matrices of the blocks], or one AdamW for all.
 
@@ -288,6 +290,8 @@ class GPT(nn.Module):
             matrix_lr: rate of the matrices of the blocks, as it is.
             weight_decay: of AdamW.
             matrix_optimizer: "muon", or "adamw" with the usual betas of (0.9, 0.95), which wants a far smaller rate.
+            matrix_weight_decay: of Muon, cautious.
+            normuon: Muon with rows of one running size.
 
         Raises:
             ValueError: for another optimizer.
@@ -306,7 +310,7 @@ class GPT(nn.Module):
             DistAdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=weight_decay)
         ]
         if matrix_optimizer == "muon":
-            optimizers.append(Muon(matrices, lr=matrix_lr))
+            optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=matrix_weight_decay, normuon=normuon))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]

@@ -3,7 +3,7 @@
     m <- m + (1 - mu) (g - m)       u = g + mu (m - g)  (Nesterov)       w <- w - lr sqrt(max(1, rows / cols)) polar(u)
 
 Parameters of one shape are stacked and orthogonalized together. Source: Jordan et al. 2024, "Muon: an optimizer for
-hidden layers"; the polar factor by `vibechat.kernels.newton_schulz`.
+hidden layers"; the polar factor as in `vibechat.kernels.newton_schulz`, the rest as in `vibechat.kernels.muon_passes`.
 """
 
 from collections.abc import Iterable
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from vibechat.common import compute_dtype
-from vibechat.kernels import newton_schulz
+from vibechat.kernels.muon_passes import momentum_pass, update_pass
+from vibechat.kernels.newton_schulz import orthogonalize
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over 2-D parameters; `state[p]` holds momentum_buffer, a view into its shape's stack.
+    """Muon over 2-D parameters; `state[p]` holds momentum_buffer, a view into its shape's stack, and with `normuon`
+    second_moment, (rows, 1), another.
 
     Set `found_inf` to a 0-d float32 tensor on the parameters' device, and step() changes nothing when it is nonzero,
-    without the host ever looking.
+    without the host ever waiting for a GPU to look.
     """
 
     def __init__(
@@ -30,6 +32,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
+        *,
+        weight_decay: float = 0.0,
+        normuon: bool = False,
+        beta2: float = 0.95,
     ) -> None:
         """
         Args:
@@ -38,6 +44,9 @@ class Muon(torch.optim.Optimizer):
             momentum: mu.
             nesterov: look ahead by one step of momentum.
             ns_steps: Newton-Schulz iterations.
+            weight_decay: times lr, what a step takes away of a weight; only where the step makes it smaller anyway.
+            normuon: give every row of the update the same running size.
+            beta2: decay of the rows' running size.
 
         Raises:
             ValueError: for a parameter that is no matrix.
@@ -48,38 +57,58 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon: a parameter of shape {tuple(p.shape)} is no matrix; give it to AdamW")
             by_shape.setdefault((p.shape, p.device, p.dtype), []).append(p)
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        defaults |= {"weight_decay": weight_decay, "normuon": normuon, "beta2": beta2}
         super().__init__([{"params": group} for group in by_shape.values()], defaults)
         self.found_inf: Tensor | None = None
-        self._momentum: list[Tensor] = []  # a stack (count, rows, cols) per group
+        self._stacks: list[dict[str, Tensor]] = []  # of each group: a state's name -> (count, rows, cols or 1)
         for group in self.param_groups:
-            stack = torch.zeros((len(group["params"]), *group["params"][0].shape), device=group["params"][0].device)
-            self._momentum.append(stack)
-            for p, buffer in zip(group["params"], stack, strict=True):
-                self.state[p] = {"momentum_buffer": buffer}
+            (count, (rows, cols)), device = (len(group["params"]), group["params"][0].shape), group["params"][0].device
+            stacks = {"momentum_buffer": torch.zeros((count, rows, cols), device=device)}
+            if normuon:
+                stacks["second_moment"] = torch.zeros((count, rows, 1), device=device)
+            self._stacks.append(stacks)
+            for i, p in enumerate(group["params"]):
+                self.state[p] = {name: stack[i] for name, stack in stacks.items()}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient; in a group all have one or none has."""
-        for group, momentum in zip(self.param_groups, self._momentum, strict=True):
+        for group, stacks in zip(self.param_groups, self._stacks, strict=True):
             params = group["params"]
             grads = [p.grad for p in params if p.grad is not None]
             if not grads:
                 continue
             if len(grads) != len(params):
                 raise ValueError("Muon: some parameters of one shape have gradients and some do not")
-            self._update(params, torch.stack(grads), momentum, group)
+            self._update(params, grads, group, **stacks)
 
-    def _update(self, params: list[Tensor], grad: Tensor, momentum: Tensor, group: dict[str, Any]) -> None:
-        """Update parameters of one shape, given their stacked gradient (count, rows, cols), which is overwritten."""
-        rows, cols = grad.shape[-2:]
-        keep = 1.0 if self.found_inf is None else 1.0 - self.found_inf.clamp(max=1.0)
-        if self.found_inf is not None:
-            grad = torch.where(self.found_inf > 0, momentum, grad)  # a lerp towards itself changes nothing
-        momentum.lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
-        polar = newton_schulz(update.to(compute_dtype(update.device)), group["ns_steps"])
-        scale = group["lr"] * max(1.0, rows / cols) ** 0.5
-        torch._foreach_add_(params, list((polar.to(params[0].dtype) * (-scale * keep)).unbind()))
+    def _update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        group: dict[str, Any],
+        momentum_buffer: Tensor,
+        second_moment: Tensor | None = None,
+    ) -> None:
+        """Update parameters of one shape."""
+        (rows, cols), device = params[0].shape, params[0].device
+        found_inf = self.found_inf
+        if found_inf is not None and found_inf.device.type == "cpu":  # where looking costs no wait
+            if found_inf:
+                return
+            found_inf = None
+        x = momentum_pass(
+            grads, momentum_buffer, group["momentum"], group["nesterov"], compute_dtype(device), found_inf
+        )
+        update_pass(
+            params,
+            orthogonalize(x, group["ns_steps"]),
+            lr=group["lr"] * max(1.0, rows / cols) ** 0.5,
+            decay=group["lr"] * group["weight_decay"],
+            second_moment=second_moment,
+            beta=group["beta2"],
+            found_inf=found_inf,
+        )
 
 
 class DistMuon(Muon):

@@ -44,6 +44,10 @@ class Config:
     """optimizer of the matrices; adamw needs a --matrix-lr of its own, some 0.003"""
     weight_decay: float | None = None
     """weight decay of AdamW"""
+    matrix_weight_decay: float = 0.0
+    """weight decay of Muon, where its update makes a weight smaller anyway"""
+    normuon: bool = False
+    """Muon with every row of an update at the same running size"""
     grad_clip: float = 0.0
     """largest gradient norm; 0 clips nothing"""
     seed: int = 42
@@ -109,7 +113,8 @@ class Config:
 # What a number must be at least.
 SMALLEST: dict[str, int] = {
     **dict.fromkeys(("depth", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens"), 1),
-    **dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "grad_clip", "seed"), 0),
+    **dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay", "matrix_weight_decay"), 0),
+    **dict.fromkeys(("grad_clip", "seed"), 0),
 }
 # Where nothing was said: (with a GPU, without).
 DEFAULTS: dict[str, tuple[Any, Any]] = {
@@ -136,7 +141,8 @@ DEMO: dict[str, Any] = {"model_tag": "demo", "resume": "auto", "eval_every": 100
 IDENTITY = (
     *("depth", "max_seq_len", "vocab_size", "num_iterations", "target_flops", "target_param_data_ratio"),
     *("device_batch_size", "total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay"),
-    *("matrix_optimizer", "grad_clip", "seed", "compile", "kernels", "attention", "deterministic"),
+    *("matrix_optimizer", "matrix_weight_decay", "normuon", "grad_clip", "seed", "compile", "kernels", "attention"),
+    "deterministic",
 )
 OF_THIS_PROCESS = ("resume", "model_tag", "run", "wandb", "demo", "profile", "device")
 
