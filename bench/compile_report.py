@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,24 +67,41 @@ def read_budgets() -> dict[str, Any]:
     return json.loads(BUDGETS.read_text(encoding="utf-8"))
 
 
+def compile_all(target: str) -> Iterator[tuple[Launch, str, Any]]:
+    """(launch, name, kernel) of every specialization; in the kernel's place the error that kept it from compiling."""
+    for launch in all_launches():
+        for config in launch.configs:
+            try:
+                yield launch, *compile_launch(launch, config, target)
+            except Exception as error:  # the compiler's own, of any kind: a row of the report
+                yield launch, launch.name(config), error
+
+
+def _cannot(name: str, error: Exception) -> str:
+    return f"{name}: cannot be compiled: {' '.join(str(error).split())[:200] or repr(error)}"
+
+
 def _report_nvidia(target: str, wrong: list[str]) -> dict[str, Statistics]:
     print(f"\n{target}\n{'kernel':<60}" + "".join(f"{field:>12}" for field in Statistics._fields))
     table = {}
-    for launch in all_launches():
-        for config in launch.configs:
-            name, kernel = compile_launch(launch, config, target)
-            found = table[name] = statistics(kernel)
-            print(f"{name:<60}" + "".join(f"{value:>12}" for value in found), flush=True)
-            wrong += faults(name, found, launch.needs)
+    for launch, name, kernel in compile_all(target):
+        if isinstance(kernel, Exception):
+            wrong.append(_cannot(name, kernel))
+            print(wrong[-1], flush=True)
+            continue
+        found = table[name] = statistics(kernel)
+        print(f"{name:<60}" + "".join(f"{value:>12}" for value in found), flush=True)
+        wrong += faults(name, found, launch.needs)
     return table
 
 
 def _report_amd(target: str) -> None:
     print(f"\n{target}\n{'kernel':<60}{'binary bytes':>14}{'shared':>12}")
-    for launch in all_launches():
-        for config in launch.configs:
-            name, kernel = compile_launch(launch, config, target)
-            print(f"{name:<60}{len(kernel.asm['hsaco']):>14}{kernel.metadata.shared:>12}")
+    for _, name, kernel in compile_all(target):
+        if isinstance(kernel, Exception):
+            print(_cannot(name, kernel), flush=True)
+        else:
+            print(f"{name:<60}{len(kernel.asm['hsaco']):>14}{kernel.metadata.shared:>12}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

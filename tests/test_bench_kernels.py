@@ -103,14 +103,21 @@ def recorded(tmp_path: Path) -> Path:
     for implementation, seconds in (("ours", 1e-4), ("eager", 5e-4)):
         case = Case("qk_norm_rope", implementation, MODELS[2], 16, 2048, "both")
         row = {**case._asdict(), "model": "d26", **Timing(seconds, seconds * 0.9, seconds * 1.1)._asdict()}
-        results.add({**row, "bandwidth_share": 1e-4 / seconds * 0.9, "peak_extra_bytes": 3 * 2**20})
+        results.add(
+            {**row, "bandwidth_share": 1e-4 / seconds * 0.9, "matmul_share": 0.2, "peak_extra_bytes": 3 * 2**20}
+        )
+    results.add({**Case("qk_norm_rope", "liger", MODELS[2], 16, 2048, "both")._asdict(), "error": "out of memory"})
+    results.content["rows"][-1]["model"] = "d26"
+    results.write()
     return tmp_path / "kernels.json"
 
 
 def test_report_renders_a_table_and_a_plot(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(recorded)]) == 0
     page = capsys.readouterr().out
-    assert "| both | qk_norm_rope | 16 | d26 | eager | 500.0 (450.0 to 550.0) | 18% | 5.00x | 3 |" in page
+    assert "| both | qk_norm_rope | 16 | d26 | eager | 500.0 (450.0 to 550.0) | 20% of matmul | 5.00x | 3 |" in page
+    assert "| both | qk_norm_rope | 16 | d26 | ours | 100.0 (90.0 to 110.0) | 90% of copy | 1.00x | 3 |" in page
+    assert "| both | qk_norm_rope | 16 | d26 | liger | out of memory | | | |" in page
     assert "copy 4.000 TB/s" in page
     assert recorded.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,5 +1,6 @@
 """Every kernel compiles for sm_90 without a GPU, spills nothing and keeps to its budget."""
 
+import dataclasses
 import importlib
 import os
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_what_a_kernel_needs_and_has_not_is_a_fault() -> None:
     assert not compile_report.faults("k", good, ("wgmma", "tma_loads", "tma_stores"))
     assert compile_report.faults("k", good._replace(wgmma=0), ("wgmma", "tma_loads")) == ["k: no wgmma"]
     assert compile_report.faults("k", good, ("wide_loads",)) == ["k: no wide loads"]
+
+
+def test_what_cannot_be_compiled_is_a_row_and_on_sm_90_a_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(config: Any) -> None:
+        raise RuntimeError("PassManager::run\n  failed")
+
+    broken = dataclasses.replace(LAUNCHES[0], run=crash, configs=LAUNCHES[0].configs[:1])
+    monkeypatch.setattr(compile_report, "all_launches", lambda: [broken])
+    monkeypatch.setattr(compile_report, "cost_lines", list)
+    assert compile_report.main([]) == 1
+    assert "cannot be compiled: PassManager::run failed" in capsys.readouterr().out
+    assert compile_report.main(["--target", "sm_100"]) == 0
+    assert compile_report.main(["--target", "gfx942"]) == 0
+    assert capsys.readouterr().out.count("cannot be compiled") == 2
 
 
 def test_occupancy_is_what_is_scarcest() -> None:

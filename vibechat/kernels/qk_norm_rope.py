@@ -15,6 +15,7 @@ FLOPs: 6 N forward and 11 N backward. A row belongs to one program; there are no
 Source: Su et al. 2021, "RoFormer", arXiv 2104.09864; Henry et al. 2020, "Query-Key Normalization", arXiv 2010.04245.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -160,6 +161,7 @@ def _config(kernel: str, half: int, device: torch.device) -> RowConfig:
     return tuned_config(kernel, str(half), CONFIGS, device) or default_config(half)
 
 
+@functools.cache
 def default_config(half: int) -> RowConfig:
     """Where nothing was measured: 1,024 pairs a program, eight to a thread."""
     return RowConfig(min(64, max(1, 1024 // half)), 4)

@@ -13,6 +13,7 @@ Everything is deterministic: a row belongs to one program, there are no atomics.
 Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", arXiv 1910.07467.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -103,6 +104,7 @@ def _config(kernel: str, block: int, device: torch.device) -> RowConfig:
     return tuned_config(kernel, str(block), CONFIGS, device) or default_config(block)
 
 
+@functools.cache
 def default_config(block: int) -> RowConfig:
     """Where nothing was measured: 2,048 lanes and four warps, or one row and a warp for each 512 lanes."""
     return RowConfig(min(16, max(1, 2048 // block)), min(16, max(4, block // 512)))
