@@ -1,18 +1,25 @@
-"""--device-batch-size auto: the memory model in numbers, and the trial that has the last word."""
+"""--device-batch-size auto: the plan of this model with its optimizers, and the trial that has the last word."""
 
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from vibechat import micro_batch
+from vibechat import memory_plan, micro_batch
 from vibechat.common import UserError
 from vibechat.gpt import GPT, GPTConfig
-from vibechat.micro_batch import check_memory, free_bytes, largest_micro_batch, predicted_micro_batch, row_bytes
+from vibechat.micro_batch import (
+    check_memory,
+    is_out_of_memory,
+    largest_micro_batch,
+    out_of_memory,
+    plan_of,
+    predicted_micro_batch,
+    state_bytes,
+)
+from vibechat.train_step import TrainStep
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -22,36 +29,36 @@ def model() -> GPT:
     return model
 
 
-def test_the_model_in_numbers() -> None:
-    d26 = GPTConfig(2048, 65_536, 26, 13, 13, 1664)
-    assert row_bytes(d26, 2) == 2048 * 26 * 20 * 1664 * 2
-    assert 3 < row_bytes(d26, 2) / 2**30 < 4  # GiB: 32 rows beside 18 GiB of parameters and states fill an H200
+@pytest.fixture(scope="module")
+def step(model: GPT) -> TrainStep:
+    return TrainStep(model, model.setup_optimizers())
 
 
-@given(rows=st.integers(1, 1000), free=st.none() | st.integers(0, 10**9))
-def test_a_prediction_is_a_power_of_two_that_fits(model: GPT, rows: int, free: int | None) -> None:
-    size = predicted_micro_batch(model, rows, free)
-    assert 1 <= size <= rows
-    assert size & (size - 1) == 0
-    if free is not None and size > 1:
-        assert size * row_bytes(model.config, 2) <= free
-    if free is None:
-        assert 2 * size > rows
+def test_the_plan_is_of_this_model_and_its_optimizers(model: GPT, step: TrainStep) -> None:
+    parts = plan_of(model, step, 4).parts
+    assert parts["parameters, fp32"] == 4 * model.num_params()
+    assert parts["optimizer states, fp32"] == state_bytes(step)
+    momentum = 4 * sum(p.numel() for p in model.transformer.h.parameters())
+    adam = 8 * (model.lm_head.weight.numel() + model.transformer.wte.weight.numel())
+    assert state_bytes(step) == pytest.approx(momentum + adam, abs=64)  # the counters of AdamW
+    model.activation_checkpointing = True
+    assert plan_of(model, step, 4).total < sum(parts.values())
+    model.activation_checkpointing = False
 
 
-def test_more_memory_never_means_fewer_rows(model: GPT) -> None:
-    sizes = [predicted_micro_batch(model, 64, free) for free in range(0, 10**7, 50_000)]
-    assert sizes == sorted(sizes)
-    assert (sizes[0], sizes[-1]) == (1, 64)
+def test_free_memory_comes_on_top_of_what_is_held(model: GPT, step: TrainStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(micro_batch, "largest_planned", lambda *args, available, **_: asked.append(available) or 1)
+    predicted_micro_batch(model, step, 8, 1000)
+    predicted_micro_batch(model, step, 8, None)
+    assert asked == [1000 + 4 * model.num_params() + state_bytes(step), None]
 
 
-def test_on_a_cpu(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert largest_micro_batch(model, 100, CPU) == 8
-    assert largest_micro_batch(model, 3, CPU) == 2
+def test_on_a_cpu(model: GPT, step: TrainStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert largest_micro_batch(model, step, 100) == 8
+    assert largest_micro_batch(model, step, 3) == 2
     monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 0)
-    assert largest_micro_batch(model, 100, CPU) == 1
-    found = free_bytes(CPU)
-    assert found is None or found > 1 << 20
+    assert largest_micro_batch(model, step, 100) == 1
 
 
 def test_a_model_that_is_too_large_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,8 +71,10 @@ def test_a_model_that_is_too_large_is_refused_in_one_line(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("most", [0, 1, 5, 64])
-def test_the_trial_halves_until_it_fits(model: GPT, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """As on a GPU that has room for `most` rows, whatever the memory model thought."""
+def test_the_trial_halves_until_it_fits(
+    model: GPT, step: TrainStep, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """As on a GPU that has room for `most` rows, whatever the plan says."""
     tried: list[int] = []
     real = model.forward
 
@@ -75,16 +84,48 @@ def test_the_trial_halves_until_it_fits(model: GPT, monkeypatch: pytest.MonkeyPa
             raise torch.OutOfMemoryError
         return real(idx, *args, **kwargs)
 
-    fits = micro_batch._fits
     monkeypatch.setattr(model, "forward", forward)
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 1 << 40)
-    monkeypatch.setattr(micro_batch, "_fits", lambda model, rows, device: fits(model, rows, CPU))
+    monkeypatch.setattr(micro_batch, "predicted_micro_batch", lambda model, step, rows, free: rows)
     before = [p.detach().clone() for p in model.parameters()]
-    if most == 0:
-        with pytest.raises(UserError, match="not even one row"):
-            largest_micro_batch(model, 64, CUDA)
-        assert tried == [64, 32, 16, 8, 4, 2, 1]
-    else:
-        assert largest_micro_batch(model, 64, CUDA) == {1: 1, 5: 4, 64: 64}[most]
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "get_device", lambda self: torch.device("cuda"))
+        patch.setattr(micro_batch, "free_bytes", lambda device: 1 << 40)
+        patch.setattr(model, "_hidden", lambda idx, *_: model.transformer.wte.weight[idx].to(model.compute_dtype))
+        if most == 0:
+            with pytest.raises(UserError, match=r"not even one row.*--activation-checkpointing"):
+                largest_micro_batch(model, step, 64)
+            assert tried == [64, 32, 16, 8, 4, 2, 1]
+        else:
+            assert largest_micro_batch(model, step, 64) == {1: 1, 5: 4, 64: 64}[most]
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_running_out_names_the_flag_and_the_value(model: GPT, step: TrainStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 1 << 40)
+    message = str(out_of_memory(model, step, 8))
+    assert message.startswith("out of memory with --device-batch-size 8 (planned: ")
+    assert "try --device-batch-size 4 (or auto), or --activation-checkpointing" in message
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 0)
+    assert "try --device-batch-size 1 (or auto)" in str(out_of_memory(model, step, 8))
+    assert "try a smaller --depth or --max-seq-len" in str(out_of_memory(model, step, 1))
+    monkeypatch.setattr(model, "activation_checkpointing", True)
+    assert "--activation-checkpointing" not in str(out_of_memory(model, step, 8))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.OutOfMemoryError("no 3 GiB"), True),
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_what_running_out_looks_like(error: BaseException, is_it: bool) -> None:
+    assert is_out_of_memory(error) is is_it
+    assert memory_plan.free_bytes(CPU) != 0

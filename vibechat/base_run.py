@@ -42,7 +42,7 @@ from vibechat.dataset import Dataset, open_dataset
 from vibechat.evaluation import Broken, FixedRows, comparison, prompts_for, write_samples
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend, tuning_advice
-from vibechat.micro_batch import check_memory, largest_micro_batch
+from vibechat.micro_batch import check_memory, is_out_of_memory, largest_micro_batch, out_of_memory, plan_of
 from vibechat.report import write_run_report
 from vibechat.run_directory import Display, RunDirectory, environment, new_run_name, versions
 from vibechat.scaling import Plan, plan
@@ -232,6 +232,7 @@ class BaseRun:
         print0(self.plan)
         check_memory(self.plan.num_params, self.device)
         self.model = GPT(self.plan.model_config).to(self.device)
+        self.model.activation_checkpointing = self.settings.activation_checkpointing
         self.model.init_weights()
         settings = self.settings
         optimizers = self.model.setup_optimizers(
@@ -257,15 +258,24 @@ class BaseRun:
         if compile and (obstacle := compile_obstacle(self.device)):
             print0(f"torch.compile cannot be used here: {obstacle}; training without it is slower")
             compile = False
+        if self.settings.cuda_graphs and (self.device.type != "cuda" or not compile):
+            raise UserError("--cuda-graphs needs a CUDA GPU and --compile: leave it out")
         self.train_step = TrainStep(
-            self.model, self.optimizers, compile=compile, grad_clip=self.settings.grad_clip, say=self.say
+            self.model,
+            self.optimizers,
+            compile=compile,
+            cuda_graphs=self.settings.cuda_graphs,
+            grad_clip=self.settings.grad_clip,
+            say=self.say,
         )
 
     def _open_loaders(self) -> None:
         settings, T = self.settings, self.model.config.sequence_len
         rows = self.plan.total_batch_size // T
         wanted = settings.device_batch_size
-        self.B = min(rows, wanted) if isinstance(wanted, int) else largest_micro_batch(self.model, rows, self.device)
+        self.B = (
+            min(rows, wanted) if isinstance(wanted, int) else largest_micro_batch(self.model, self.train_step, rows)
+        )
         self.rank, self.world_size = get_dist_info()[1], get_dist_info()[3]
         self.loader = Loader(
             self.dataset,
@@ -282,6 +292,7 @@ class BaseRun:
         )
         self._stack.callback(self.loader.close)
         print0(f"{rows} rows of {T} tokens a step, in {self.loader.micro_batches_per_step} micro-batches of {self.B}")
+        print0(plan_of(self.model, self.train_step, self.B))
         self.validation: FixedRows | None = None
         if (settings.eval_every or -1) > 0:
             with Loader(self.dataset, self.tokenizer, self.B, T, "val", device=self.device) as batches:
@@ -402,11 +413,10 @@ class BaseRun:
         """Train to the end or until a signal; returns the exit status: 130 after Ctrl-C, else 0."""
         try:
             status = self.trainer.train()
-        except torch.OutOfMemoryError as error:
-            smaller = (
-                f"--device-batch-size {self.B // 2} or auto" if self.B > 1 else "a smaller --depth or --max-seq-len"
-            )
-            raise UserError(f"out of GPU memory with --device-batch-size {self.B}: use {smaller}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(self.model, self.train_step, self.B) from error
         self.display.close()
         if self.trainer.stop_signal is None:
             self._conclude()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vibechat.adamw import DistAdamW
 from vibechat.attention import attend
@@ -108,12 +109,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP; the residual additions are fused with the norms that follow them, in GPT.forward."""
+    """Attention and MLP; each residual addition is fused with the norm that follows it."""
 
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.attn = Attention(config, layer_idx)
         self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, kv_cache: KeyValueStore | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream (B, T, C) and its norm, after the block."""
+        x, normed = add_rms_norm(x, self.attn(normed, cos, sin, kv_cache))
+        return add_rms_norm(x, self.mlp(normed))
 
 
 class Transformer(nn.Module):
@@ -140,6 +148,7 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)  # (sequence_len, D/2), float32
         self.register_buffer("sin", sin, persistent=False)
         self.compute_dtype = torch.float32  # init_weights and set_compute_dtype choose for the device
+        self.activation_checkpointing = False  # in training, compute each block's activations again in the backward
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -219,8 +228,12 @@ class GPT(nn.Module):
         x = rms_norm(F.embedding(idx, self.transformer.wte.weight).to(self.compute_dtype))  # (B, T, C)
         normed = rms_norm(x)
         for block in self.blocks():
-            x, normed = add_rms_norm(x, block.attn(normed, cos, sin, kv_cache))
-            x, normed = add_rms_norm(x, block.mlp(normed))
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, normed = checkpoint(
+                    block, x, normed, cos, sin, kv_cache, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, normed = block(x, normed, cos, sin, kv_cache)
         return normed
 
     @torch.inference_mode()

@@ -1,38 +1,11 @@
-"""`--device-batch-size auto`: the largest micro-batch that fits, from a memory model, checked by one trial step.
-
-What a row of T tokens keeps for the backward is, in each layer, about 20 C values of the compute dtype: the residual
-stream and its norm twice (4 C), q, k, v and the attention's output (4 C), the MLP's 4 C before and after its activation
-(8 C), and what is alive for a moment (4 C). Gradients come on top; optimizer states are allocated already. The head's
-logits do not count: they are never all there.
-"""
-
-import contextlib
+"""`--device-batch-size auto`: the largest micro-batch that the memory plan says fits, checked by one trial step."""
 
 import torch
 
-from vibechat.common import UserError, compute_dtype
-from vibechat.gpt import GPT, GPTConfig
-
-VALUES_PER_CHANNEL = 20
-LARGEST_ON_CPU = 8  # rows; larger ones were not faster there, and there is no need to fill the memory
-MEMORY_SHARE = 0.85  # of what is free; fragments and what other libraries take need the rest
-
-
-def row_bytes(config: GPTConfig, bytes_per_value: int) -> int:
-    """What one row of a micro-batch keeps for the backward."""
-    return config.sequence_len * config.n_layer * VALUES_PER_CHANNEL * config.n_embd * bytes_per_value
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device; None where nobody says."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
+from vibechat.common import UserError
+from vibechat.gpt import GPT
+from vibechat.memory_plan import MemoryPlan, form_of, free_bytes, largest_planned, memory_plan
+from vibechat.train_step import TrainStep
 
 
 def check_memory(num_params: int, device: torch.device) -> None:
@@ -45,39 +18,80 @@ def check_memory(num_params: int, device: torch.device) -> None:
         )
 
 
-def predicted_micro_batch(model: GPT, rows: int, free: int | None) -> int:
-    """The largest power of two of rows, at least 1 and at most `rows`, that `free` bytes hold by the memory model."""
-    fitting = rows
-    if free is not None:
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-        spare = MEMORY_SHARE * free - gradients
-        fitting = min(rows, int(spare // row_bytes(model.config, compute_dtype(model.get_device()).itemsize)))
-    return 1 << max(0, fitting.bit_length() - 1) if fitting > 0 else 1
+def state_bytes(step: TrainStep) -> int:
+    """What the optimizers' states hold."""
+    states = [value for optimizer in step.optimizers for state in optimizer.state.values() for value in state.values()]
+    return sum(value.numel() * value.element_size() for value in states if isinstance(value, torch.Tensor))
 
 
-def largest_micro_batch(model: GPT, rows: int, device: torch.device) -> int:
+def plan_of(model: GPT, step: TrainStep, rows: int) -> MemoryPlan:
+    """The memory plan of a step of this model, as it is compiled and with the kernels that run, at `rows` rows."""
+    device = model.get_device()
+    form, fused_mlp = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype)
+    return memory_plan(
+        model.config,
+        rows,
+        form,
+        itemsize=model.compute_dtype.itemsize,
+        fused_mlp=fused_mlp,
+        checkpointing=model.activation_checkpointing,
+        optimizer_bytes=state_bytes(step),
+        device_type=device.type,
+    )
+
+
+def predicted_micro_batch(model: GPT, step: TrainStep, rows: int, free: int | None) -> int:
+    """The largest power of two of rows, at least 1 and at most `rows`, whose plan `free` more bytes make room for."""
+    device = model.get_device()
+    form, fused_mlp = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    return largest_planned(
+        model.config,
+        form,
+        rows,
+        device,
+        available=None if free is None else free + held + state_bytes(step),
+        fused_mlp=fused_mlp,
+        checkpointing=model.activation_checkpointing,
+        optimizer_bytes=state_bytes(step),
+        itemsize=model.compute_dtype.itemsize,
+    )
+
+
+def largest_micro_batch(model: GPT, step: TrainStep, rows: int) -> int:
     """How many of a step's `rows` to take at a time; on CUDA a forward and backward checks it, halving if need be.
 
     Parameters and gradients are left as they were. Raises UserError if not even one row fits.
     """
+    device = model.get_device()
+    size = predicted_micro_batch(model, step, rows, free_bytes(device))
     if device.type != "cuda":
-        return predicted_micro_batch(model, min(rows, LARGEST_ON_CPU), free_bytes(device))
-    size = predicted_micro_batch(model, rows, free_bytes(device))
+        return size
     while size >= 1:
-        if _fits(model, size, device):
+        if step.fits(size, model.config.sequence_len):
             return size
         size //= 2
-    raise UserError("not even one row fits into the memory of the GPU: choose a smaller --depth or --max-seq-len")
+    raise UserError(
+        "not even one row fits into the memory of the GPU: choose a smaller --depth or --max-seq-len, or add "
+        "--activation-checkpointing"
+    )
 
 
-def _fits(model: GPT, rows: int, device: torch.device) -> bool:
-    try:
-        ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
-        model(ids, ids, loss_reduction="sum").backward()
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return True
+def out_of_memory(model: GPT, step: TrainStep, rows: int) -> UserError:
+    """What to say when a step of `rows` rows did not fit: the flag, and the value to try."""
+    planned = plan_of(model, step, rows).total / 2**30
+    if rows > 1:
+        smaller = min(rows // 2, predicted_micro_batch(model, step, rows // 2, free_bytes(model.get_device())))
+        advice = f"--device-batch-size {smaller} (or auto)"
+    else:
+        advice = "a smaller --depth or --max-seq-len"
+    if not model.activation_checkpointing:
+        advice += ", or --activation-checkpointing, which keeps less and computes more"
+    return UserError(f"out of memory with --device-batch-size {rows} (planned: {planned:.1f} GiB): try {advice}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: a GPU's has a type of its own, a CPU's is a RuntimeError like any other."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -72,6 +72,8 @@ class TrainStep:
             `matmul_weights()`, {name: parameter}, those are cast to its `compute_dtype` once a step.
         optimizers: together they own every parameter of the model.
         compile: run forward and backward through torch.compile. A compiler that fails costs one line and eager steps.
+        cuda_graphs: have torch.compile replay CUDA graphs. A graph's outputs are overwritten by its next run, so that
+            the gradients then live in memory of their own from step to step, and each micro-batch is added to them.
         grad_clip: largest gradient norm, larger ones are scaled down to it; 0 leaves them alone.
         clock: marked with the phases "forward+backward" and "optimizer".
         say: prints a line for the person who watches.
@@ -83,6 +85,7 @@ class TrainStep:
         optimizers: Sequence[TrainingOptimizer],
         *,
         compile: bool = False,
+        cuda_graphs: bool = False,
         grad_clip: float = 0.0,
         clock: PhaseClock | None = None,
         say: Callable[[str], None] = print,
@@ -92,11 +95,15 @@ class TrainStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_clip = grad_clip
         self.compiled = compile
+        self._cuda_graphs = compile and cuda_graphs
         self.clock = clock or PhaseClock(self.parameters[0].device)
         self._say = say
         self._first = True
         self._working: WorkingWeights | None = None
-        self._loss_sum = torch.compile(self._eager_loss_sum, dynamic=False) if compile else self._eager_loss_sum
+        self._loss_sum = self._eager_loss_sum
+        if compile:
+            mode = "reduce-overhead" if cuda_graphs else None
+            self._loss_sum = torch.compile(self._eager_loss_sum, dynamic=False, mode=mode)
 
     def _eager_loss_sum(self, inputs: Tensor, targets: Tensor, weights: dict[str, Tensor]) -> Tensor:
         call = torch.func.functional_call  # with `weights` in the place of the parameters of those names
@@ -153,8 +160,24 @@ class TrainStep:
         self.clock.mark("optimizer")
         return torch.stack([loss, norm, found_inf])
 
+    def fits(self, rows: int, length: int) -> bool:
+        """Whether forward and backward of a micro-batch of so many rows fit into memory; leaves nothing behind."""
+        device = self.parameters[0].device
+        ids = torch.zeros(rows, length, dtype=torch.long, device=device)
+        try:
+            self._forward_backward([(ids, ids)])
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self._zero_grad()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return True
+
     def _forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Leave the gradients of the step's loss in the parameters; return that loss, fp32 scalar."""
+        if self._first and self._cuda_graphs:
+            self._zero_grad()
         if not (self._first and self.compiled):
             return self._accumulate(micro_batches)
         self._first = False
@@ -176,16 +199,21 @@ class TrainStep:
         loss: Tensor | None = None
         weights = self._cast_weights(len(micro_batches))
         for inputs, targets in micro_batches:
+            if self._cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             nats = self._loss_sum(inputs, targets, weights)
             nats.backward(scale.to(nats.dtype))
-            nats = nats.detach().float()
+            nats = nats.detach().float().clone() if self._cuda_graphs else nats.detach().float()
             loss = nats if loss is None else loss + nats
         assert loss is not None, "a step needs at least one micro-batch"
         return loss * scale
 
     def _zero_grad(self) -> None:
+        if self._cuda_graphs and self.parameters[0].grad is not None:
+            torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
+            return
         for parameter in self.parameters:
-            parameter.grad = None
+            parameter.grad = torch.zeros_like(parameter) if self._cuda_graphs else None
 
 
 class Readback:

@@ -193,7 +193,7 @@ class Trainer:
         Raises:
             NonFiniteError: as `finish`. Nothing is saved.
         """
-        with _signals(self), _profiling(self.profiler), _no_garbage_pauses():
+        with _signals(self), _profiling(self.profiler), no_garbage_pauses():
             while True:
                 self._between_steps()
                 if self.stop_signal is not None or self.step_number >= self.num_iterations:
@@ -273,7 +273,7 @@ def _profiling(profiler: torch.profiler.profile | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_garbage_pauses() -> Iterator[None]:
+def no_garbage_pauses() -> Iterator[None]:
     """No automatic garbage collection inside (nanochat saw 500 ms pauses); the loop collects between steps."""
     was_enabled = gc.isenabled()
     gc.disable()

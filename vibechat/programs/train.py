@@ -33,6 +33,8 @@ class Config:
     """rows in a micro-batch; auto takes the largest that fits (auto with a GPU, 8 without)"""
     total_batch_size: int | None = None
     """tokens in an update (524288 with a GPU, 4096 without)"""
+    activation_checkpointing: bool = False
+    """keep only the inputs of each block and compute the rest again in the backward: less memory, slower steps"""
     # --- Optimization
     embedding_lr: float | None = None
     """learning rate of the token embedding, AdamW"""
@@ -91,6 +93,8 @@ class Config:
     """where to train"""
     compile: bool | None = None
     """compile the model with torch.compile (on, where there is a compiler)"""
+    cuda_graphs: bool = False
+    """replay compiled steps as CUDA graphs: for small models on a GPU, whose kernels are shorter than their launch"""
     kernels: str | None = None
     """which kernels run: auto, triton or torch, with exceptions like auto,relu2_mlp=torch (auto)"""
     attention: str = dataclasses.field(default_factory=lambda: os.environ.get("VIBECHAT_ATTENTION") or "auto")
@@ -140,9 +144,9 @@ DEMO: dict[str, Any] = {"model_tag": "demo", "resume": "auto", "eval_every": 100
 # decides), and what only this process is about is not taken.
 IDENTITY = (
     *("depth", "max_seq_len", "vocab_size", "num_iterations", "target_flops", "target_param_data_ratio"),
-    *("device_batch_size", "total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay"),
+    *("device_batch_size", "total_batch_size", "activation_checkpointing", "cuda_graphs", "deterministic"),
+    *("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay"),
     *("matrix_optimizer", "matrix_weight_decay", "normuon", "grad_clip", "seed", "compile", "kernels", "attention"),
-    "deterministic",
 )
 OF_THIS_PROCESS = ("resume", "model_tag", "run", "wandb", "demo", "profile", "device")
 

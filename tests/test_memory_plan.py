@@ -1,0 +1,197 @@
+"""The memory plan against what autograd really keeps, and what it says of the models that matter."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vibechat.gpt import GPT, GPTConfig
+from vibechat.kernels import OPS
+from vibechat.memory_plan import (
+    FORMS,
+    SHARE_USABLE,
+    free_bytes,
+    largest_planned,
+    memory_plan,
+    values_per_channel,
+)
+from vibechat.scaling import model_config
+
+H200 = 141_000_000_000  # bytes, as sold; torch sees 139.8 GiB of it
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+ACTIVATIONS = "activations kept for the backward"
+TOLERANCE = 0.15  # of the plan's activations against what autograd keeps
+
+
+def kept_bytes(run: Callable[[GPT, Tensor], Tensor], layers: int, device: str, *, checkpointing: bool = False) -> int:
+    """Bytes of the distinct tensors that a forward pass keeps for its backward, parameters not counted."""
+    with torch.device(device):
+        model = GPT(GPTConfig(64, 512, layers, 2, 2, 256))
+    if device == "cpu":
+        model.init_weights()
+    model.set_compute_dtype(torch.bfloat16)
+    model.activation_checkpointing = checkpointing
+    ids = torch.zeros(16, 64, dtype=torch.long, device=device)
+    known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), model.cos, model.sin, ids)}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run(model, ids)
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def of_a_layer(run: Callable[[GPT, Tensor], Tensor], device: str = "cpu", **kwargs: Any) -> int:
+    """What one more layer keeps, its weights in the compute dtype not counted (the plan has a line of its own)."""
+    config = GPTConfig(64, 512, 1, 2, 2, 256)
+    weights = 2 * 12 * config.n_embd**2
+    return kept_bytes(run, 3, device, **kwargs) - kept_bytes(run, 2, device, **kwargs) - weights
+
+
+def planned_of_a_layer(form: str, **kwargs: Any) -> float:
+    plans = [memory_plan(GPTConfig(64, 512, layers, 2, 2, 256), 16, form, **kwargs) for layers in (2, 3)]
+    return plans[1].parts[ACTIVATIONS] - plans[0].parts[ACTIVATIONS]
+
+
+def plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that keeps what the GPU's does: q, k, v, the output and a number a row."""
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            y = torch.empty_like(q)
+            ctx.save_for_backward(q, k, v, y)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return dy, dy, dy
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: Kept.apply(q, k, v))
+
+
+def loss_of(model: GPT, ids: Tensor) -> Tensor:
+    return model(ids, ids, loss_reduction="sum")
+
+
+def test_eager_keeps_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_attention(monkeypatch)
+    assert of_a_layer(loss_of) == pytest.approx(planned_of_a_layer("eager"), rel=TOLERANCE)
+
+
+def test_compiled_keeps_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the partitioner of torch.compile decides to keep, with the graphs run as they are."""
+    plain_attention(monkeypatch)
+
+    def run(model: GPT, ids: Tensor) -> Tensor:
+        torch._dynamo.reset()
+        return torch.compile(loss_of, backend="aot_eager_decomp_partition", dynamic=False)(model, ids)
+
+    assert of_a_layer(run) == pytest.approx(planned_of_a_layer("compiled"), rel=TOLERANCE)
+
+
+@pytest.fixture
+def kernels_on_meta(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Each op that has a kernel takes it on the meta device, where only its shapes and what it keeps are known."""
+    from vibechat.kernels import backend
+
+    pytest.importorskip("triton")
+    taken: set[str] = set()
+
+    def takes(op: str, *args: Any, **kwargs: Any) -> bool:
+        if op in backend.triton_refusals:
+            taken.add(op)
+        return op in backend.triton_refusals
+
+    for op in OPS:
+        module = importlib.import_module(f"vibechat.kernels.{'rms_norm' if op == 'add_rms_norm' else op}")
+        if hasattr(module, "takes_kernel"):
+            monkeypatch.setattr(module, "takes_kernel", takes)
+    monkeypatch.setattr(backend, "takes_kernel", takes)
+    return taken
+
+
+def test_kernels_keep_what_is_planned(monkeypatch: pytest.MonkeyPatch, kernels_on_meta: set[str]) -> None:
+    plain_attention(monkeypatch)
+    kept = of_a_layer(loss_of, "meta")
+    assert {"rms_norm", "add_rms_norm", "qk_norm_rope"} <= kernels_on_meta
+    assert kept == pytest.approx(planned_of_a_layer("vibechat"), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["eager", "vibechat"])
+def test_checkpointing_keeps_what_is_planned(
+    form: str, monkeypatch: pytest.MonkeyPatch, kernels_on_meta: set[str]
+) -> None:
+    plain_attention(monkeypatch)
+    kept = kept_bytes(loss_of, 3, "meta", checkpointing=True) - kept_bytes(loss_of, 2, "meta", checkpointing=True)
+    assert kept == pytest.approx(planned_of_a_layer(form, checkpointing=True), rel=TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what it says
+
+
+def test_d26_with_32_rows_fits_an_h200_without_checkpointing() -> None:
+    """The claim: with the kernels it fits with room to spare, eager it does not fit at all."""
+    d26 = model_config(26, 2048, 65_536)
+    ours = memory_plan(d26, 32, "vibechat", fused_mlp=True)
+    assert ours.total < SHARE_USABLE * H200
+    assert 85e9 < ours.total < 115e9
+    assert memory_plan(d26, 32, "eager").total > H200
+    assert memory_plan(d26, 16, "eager").total < SHARE_USABLE * H200
+    assert memory_plan(d26, 32, "vibechat", checkpointing=True).total < 0.5 * ours.total
+    sizes = {form: largest_planned(d26, form, 256, CUDA, available=H200) for form in FORMS}
+    assert sizes["eager"] == 16
+    assert largest_planned(d26, "vibechat", 256, CUDA, available=H200, fused_mlp=True) == 32
+    assert values_per_channel("vibechat", fused_mlp=True) == 14
+
+
+def test_a_plan_adds_up_and_says_so() -> None:
+    plan = memory_plan(model_config(12, 2048, 65_536), 16)
+    assert plan.total == sum(plan.parts.values())
+    assert f"{plan.total / 2**30:.2f} GiB" in str(plan)
+    assert all(name in str(plan) for name in plan.parts)
+    with pytest.raises(ValueError, match="form 'no such'"):
+        memory_plan(model_config(1, 16, 64), 1, "no such")
+
+
+@given(st.sampled_from(FORMS), st.integers(1, 300), st.integers(10**7, 10**12), st.booleans())
+def test_the_largest_micro_batch_fits_and_the_next_would_not(
+    form: str, rows: int, available: int, checkpointing: bool
+) -> None:
+    config = model_config(4, 512, 8192)
+    size = largest_planned(config, form, rows, CUDA, available=available, checkpointing=checkpointing)
+    assert 1 <= size <= rows
+    assert size & (size - 1) == 0
+    if size > 1:
+        assert memory_plan(config, size, form, checkpointing=checkpointing).total <= SHARE_USABLE * available
+    if 2 * size <= rows:
+        assert memory_plan(config, 2 * size, form, checkpointing=checkpointing).total > SHARE_USABLE * available
+
+
+def test_more_memory_never_means_fewer_rows() -> None:
+    config = model_config(4, 512, 8192)
+    sizes = [largest_planned(config, "eager", 64, CUDA, available=n) for n in range(0, 10**11, 10**9)]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (1, 64)
+
+
+def test_a_cpu_is_not_filled() -> None:
+    config = model_config(1, 16, 64)
+    assert largest_planned(config, "compiled", 100, CPU) == 8
+    assert largest_planned(config, "compiled", 3, CPU) == 2
+    assert largest_planned(config, "compiled", 100, CPU, available=0) == 1
+    found = free_bytes(CPU)
+    assert found is None or found > 1 << 20
