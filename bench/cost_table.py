@@ -1,4 +1,4 @@
-"""What each op must move, and what eager PyTorch moves for the same: the printed cost model.
+"""`python -m bench.cost_table`: what each op must move, what eager PyTorch moves for the same, and what follows of it.
 
 Ours is the formula of `vibechat.kernels.cost`, which tests compare with what the kernels load and store. Eager's is
 counted from the operators that the reference dispatches, each reading its inputs and writing its outputs in full, with
@@ -107,4 +107,11 @@ def cost_lines(batch: int = 16) -> list[str]:
             f"{op:<22}{'d' + str(model.depth):>6} {direction:<9}{ours.bytes / 2**20:>8.0f}{eager / 2**20:>9.0f}"
             f"{eager / ours.bytes:>6.1f}x{ours.flops / 1e9:>10.1f}"
         )
+    for entry in OPS.values():
+        for model in MODELS:
+            lines += entry.predictions(Shape(model, entry.batches[0]))
     return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(cost_lines()))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from vibechat.kernels.cost import norm_cost, qk_norm_rope_cost
+from vibechat.kernels.cost import norm_cost, qk_norm_rope_cost, relu2_mlp_cost
 
 
 def claimed(op: str, backward: bool) -> int:
@@ -39,6 +39,25 @@ def test_qk_norm_rope(backward: bool) -> None:
     tables = 8 * 5 * 16 // 2
     assert cost.bytes == claimed("qk_norm_rope", backward) * elements * 2 + 4 * elements // 16 + tables
     assert cost.flops == flops_claimed("qk_norm_rope", backward) * elements
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_relu2_mlp(backward: bool) -> None:
+    text = importlib.import_module("vibechat.kernels.relu2_mlp").__doc__
+    assert text is not None
+    forward = re.search(r"forward (\d) b \(N C \+ N H \+ C H\)", text)
+    gradients = re.search(r"backward b \((\d) N C \+ (\d) N H \+ (\d) C H\)", text)
+    flops = re.search(r"FLOPs: forward (\d) N C H, backward (\d) N C H", text)
+    assert forward is not None
+    assert gradients is not None
+    assert flops is not None
+    N, C, H = 100, 8, 24
+    outer, inner, weights = map(int, gradients.groups() if backward else forward.groups() * 3)
+    cost = relu2_mlp_cost(N, C, H, 2, backward=backward)
+    assert cost.bytes == 2 * (outer * N * C + inner * N * H + weights * C * H)
+    assert cost.flops == int(flops[1 + backward]) * N * C * H
+    assert "2 b N H more in each pass for elementwise" in text
+    assert relu2_mlp_cost(N, C, H, 2, backward=backward, fused=False).bytes == cost.bytes + 2 * 2 * N * H
 
 
 def test_at_the_shapes_of_a_d26_step() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vibechat import kernels
 from vibechat.kernels import backend
 from vibechat.kernels.linear_cross_entropy import _GradientsInBackward, _Loss, reference, rows_per_chunk
+from vibechat.kernels.relu2_mlp import reference as relu2_reference
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -77,6 +78,70 @@ def test_relu2_mlp_squares_what_is_positive() -> None:
     x, w_fc, w_proj = randn(2, 3, 5), randn(20, 5, seed=1), randn(5, 20, seed=2)
     expected = (x @ w_fc.T).clamp_min(0) ** 2 @ w_proj.T
     torch.testing.assert_close(kernels.relu2_mlp(x, w_fc, w_proj), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_relu2_mlp_is_eager_to_the_last_bit(dtype: torch.dtype, wanted: tuple[bool, ...]) -> None:
+    leaves = [randn(7, 9, 32, dtype=dtype), randn(128, 32, dtype=dtype, seed=1), randn(32, 128, dtype=dtype, seed=2)]
+    for x, requires in zip(leaves, wanted, strict=True):
+        x.requires_grad_(requires)
+    asked = [x for x in leaves if x.requires_grad]
+    ours, eager = kernels.relu2_mlp(*leaves), relu2_reference(*leaves)
+    assert torch.equal(ours, eager)
+    g = randn(7, 9, 32, dtype=dtype, seed=3)
+    mine, others = (torch.autograd.grad(y, asked, g) for y in (ours, eager))
+    assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+
+
+def saved_elements(op: Callable[..., Tensor], leaves: list[Tensor]) -> int:
+    """Elements of the activations that an op keeps for its backward; weights are there anyway."""
+    saved: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = op(*leaves)
+    del y
+    weights = {w.untyped_storage().data_ptr() for w in leaves[1:]}
+    return sum(count for pointer, count in saved.items() if pointer not in weights)
+
+
+def test_relu2_mlp_saves_half_of_the_hidden_activations() -> None:
+    leaves = [
+        randn(5, 8).requires_grad_(),
+        randn(32, 8, seed=1).requires_grad_(),
+        randn(8, 32, seed=2).requires_grad_(),
+    ]
+    assert saved_elements(relu2_reference, leaves) == 5 * (8 + 32 + 32)
+    assert saved_elements(kernels.relu2_mlp, leaves) == 5 * (8 + 32)
+
+
+def test_relu2_mlp_is_one_graph_and_saves_as_little_in_it() -> None:
+    leaves = [
+        randn(5, 8).requires_grad_(),
+        randn(32, 8, seed=1).requires_grad_(),
+        randn(8, 32, seed=2).requires_grad_(),
+    ]
+    torch._dynamo.reset()
+    compiled = torch.compile(kernels.relu2_mlp, fullgraph=True, backend="aot_eager")
+    assert saved_elements(compiled, leaves) == 5 * (8 + 32)
+    mine, others = (torch.autograd.grad(op(*leaves).sum(), leaves) for op in (compiled, relu2_reference))
+    torch.testing.assert_close(mine, others)
+
+
+def test_relu2_mlp_takes_float32_masters_and_gives_them_float32_gradients() -> None:
+    x, w_fc, w_proj = randn(5, 8).bfloat16(), randn(32, 8, seed=1).float(), randn(8, 32, seed=2).float()
+    w_fc.requires_grad_()
+    y = kernels.relu2_mlp(x, w_fc, w_proj)
+    assert torch.equal(y, relu2_reference(x, w_fc.bfloat16(), w_proj.bfloat16()))
+    y.sum().backward()
+    assert w_fc.grad is not None
+    assert w_fc.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

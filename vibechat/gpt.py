@@ -105,7 +105,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return relu2_mlp(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
+        return relu2_mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 
 class Block(nn.Module):

@@ -74,6 +74,8 @@ class Op:
     """what the op looks the choice up by"""
     batches: tuple[int, ...] = (16, 32, 1)
     """micro-batches of the suite, the most valuable first; (1,) for an op that sees no tokens"""
+    predictions: Callable[[Shape], list[str]] = lambda shape: []
+    """lines that say what the cost model expects of the implementations, before anybody measured them"""
     differentiable: bool = True
     backend: str = ""
     """the name in vibechat.kernels.OPS, if it is not `name`"""

@@ -140,11 +140,11 @@ def _decide(op: str, requested: str | None, device: torch.device, dtype: torch.d
 
 
 @torch.compiler.assume_constant_result
-def say_fallback(op: str, why: str) -> None:
-    """Say once that a kernel was chosen but cannot take these arguments, so that plain PyTorch runs."""
+def say_fallback(op: str, why: str, instead: str = "plain PyTorch runs") -> None:
+    """Say once that a kernel was chosen but cannot take these arguments, and what runs instead."""
     if (op, why) not in _said:
         _said.add((op, why))
-        warnings.warn(f"kernels: {op}: {why}: plain PyTorch runs instead", stacklevel=2)
+        warnings.warn(f"kernels: {op}: {why}: {instead} instead", stacklevel=2)
 
 
 def hardware_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -165,7 +165,13 @@ def hardware_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def count_no_flops(*ops: torch._ops.OpOverloadPacket) -> None:
     """Let FlopCounterMode count an op as it counts the op's reference, which has no matmul: an MFU is the same with
     and without kernels."""
+    for op in ops:
+        count_flops(op, lambda *shapes: 0)
+
+
+def count_flops(op: torch._ops.OpOverloadPacket, formula: Callable[..., int]) -> None:
+    """Let FlopCounterMode count an op by a formula of its arguments, where each tensor is given as its shape."""
     if triton is not None:  # without it the import prints a warning
         from torch.utils.flop_counter import register_flop_formula
 
-        register_flop_formula(list(ops))(lambda *shapes, **_: 0)
+        register_flop_formula(op)(lambda *arguments, **_: formula(*arguments))

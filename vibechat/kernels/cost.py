@@ -29,3 +29,13 @@ def qk_norm_rope_cost(
     tables = 2 * 4 * length * head_dim // 2
     passes, flops = (3, 11) if backward else (2, 6)
     return Cost(passes * rows * head_dim * itemsize + 4 * rows + tables, flops * rows * head_dim)
+
+
+def relu2_mlp_cost(
+    tokens: int, channels: int, hidden: int, itemsize: int, *, backward: bool = False, fused: bool = True
+) -> Cost:
+    """Of relu2_mlp on (tokens, channels) with `hidden` activations a token, every operand of a product read once."""
+    outer, inner, weights = (4, 5, 4) if backward else (2, 2, 2)
+    inner += 0 if fused else 2
+    elements = outer * tokens * channels + inner * tokens * hidden + weights * channels * hidden
+    return Cost(elements * itemsize, (8 if backward else 4) * tokens * channels * hidden)
