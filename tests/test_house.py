@@ -17,7 +17,7 @@ FILES = {
 # From the ground up; a module imports only modules that stand before it. Modules not named here must only keep the
 # graph free of cycles.
 ORDER = [
-    *("common", "configurator", "report", "kernels", "attention", "muon", "adamw", "gpt", "scaling"),
+    *("common", "configurator", "report", "kernels", "attention", "fp8", "muon", "adamw", "gpt", "scaling"),
     *("tokenizer", "dataset", "dataloader", "checkpoint_manager", "engine", "loss_eval", "trainer", "programs", "cli"),
 ]
 # Libraries that not every machine has, and the only modules that may import them.

@@ -40,6 +40,7 @@ from vibechat.common import (
 from vibechat.dataloader import Loader
 from vibechat.dataset import Dataset, open_dataset
 from vibechat.evaluation import Broken, FixedRows, comparison, prompts_for, write_samples
+from vibechat.fp8 import fp8_obstacle
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend, tuning_advice
 from vibechat.micro_batch import check_memory, is_out_of_memory, largest_micro_batch, out_of_memory, plan_of
@@ -167,10 +168,14 @@ class BaseRun:
             raise UserError(f"--kernels {self.settings.kernels}: {error}") from error
         set_attention(self.settings.attention)
         attending = attention_backend(self.device, dtype)  # refuses what cannot be had
+        if self.settings.fp8 and (obstacle := fp8_obstacle(self.device, dtype)):
+            raise UserError(f"--fp8: {obstacle}; leave it out")
         print0(f"device {self.device}, compute dtype {str(dtype).removeprefix('torch.')}; kernels:")
         for choice in table:
             print0(f"  {choice.op:<21} {choice.backend:<7} {choice.reason}")
         print0(f"  {'attention':<21} torch   {attending}")
+        if self.settings.fp8:
+            print0(f"  {'linear layers':<21} torch   fp8, tensorwise scaling; the head and evaluation without it")
         if advice := tuning_advice(table):
             print0(f"  {advice}")
 
@@ -234,6 +239,7 @@ class BaseRun:
         self.model = GPT(self.plan.model_config).to(self.device)
         self.model.activation_checkpointing = self.settings.activation_checkpointing
         self.model.init_weights()
+        self.model.set_fp8(self.settings.fp8)
         settings = self.settings
         optimizers = self.model.setup_optimizers(
             **self._rates(),

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vibechat.adamw import DistAdamW
 from vibechat.attention import attend
 from vibechat.common import compute_dtype
+from vibechat.fp8 import MULTIPLE, fp8_linear, fp8_relu2_mlp
 from vibechat.kernels import add_rms_norm, linear_cross_entropy, qk_norm_rope, relu2_mlp, rms_norm, rotary_tables
 from vibechat.muon import Muon
 
@@ -77,6 +78,7 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.fp8 = False
         kv_channels = config.n_kv_head * config.head_dim
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.c_k = nn.Linear(config.n_embd, kv_channels, bias=False)
@@ -86,14 +88,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KeyValueStore | None) -> Tensor:
         B, T, C = x.shape
         w_qkv = torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)).to(x.dtype)
-        qkv = F.linear(x, w_qkv).view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
+        linear = fp8_linear if self.fp8 else F.linear
+        qkv = linear(x, w_qkv).view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q, k = qk_norm_rope(q, k, cos, sin)
         if kv_cache is not None:
             k, v = kv_cache.insert_kv(self.layer_idx, k.transpose(1, 2), v.transpose(1, 2))
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         y = attend(q, k, v).reshape(B, T, C)
-        return F.linear(y, self.c_proj.weight.to(x.dtype))
+        return linear(y, self.c_proj.weight.to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -101,11 +104,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.fp8 = False
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return relu2_mlp(x, self.c_fc.weight, self.c_proj.weight)
+        mlp = fp8_relu2_mlp if self.fp8 else relu2_mlp
+        return mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 
 class Block(nn.Module):
@@ -174,6 +179,17 @@ class GPT(nn.Module):
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Run matmuls and activations in `dtype`; parameters stay as they are."""
         self.compute_dtype = dtype
+
+    def set_fp8(self, on: bool) -> None:
+        """Run the blocks' matmuls in fp8 where gradients are recorded (`vibechat.fp8`).
+
+        Raises ValueError for a width that fp8 matmuls cannot take.
+        """
+        kv_channels = self.config.n_kv_head * self.config.head_dim
+        if on and (self.config.n_embd % MULTIPLE or kv_channels % MULTIPLE):
+            raise ValueError(f"fp8: {self.config.n_embd} channels are not a multiple of {MULTIPLE}")
+        for block in self.blocks():
+            block.attn.fp8 = block.mlp.fp8 = on
 
     def blocks(self) -> Iterator[Block]:
         """The transformer blocks, in order."""

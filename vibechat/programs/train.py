@@ -100,6 +100,8 @@ class Config:
     attention: str = dataclasses.field(default_factory=lambda: os.environ.get("VIBECHAT_ATTENTION") or "auto")
     """what attends: auto (cuDNN on Hopper and later), cudnn, flash, efficient, flex, math or sdpa (PyTorch's own
     choice); what is not there is refused (VIBECHAT_ATTENTION=way asks for it too)"""
+    fp8: bool = False
+    """the blocks' matmuls in fp8 in training (Hopper and later); master weights, head, loss and evaluation as ever"""
     deterministic: bool | None = None
     """bitwise reproducible steps (always on a CPU; on a GPU at a cost in speed)"""
 
