@@ -166,6 +166,20 @@ def test_one_graph_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses == pytest.approx([float(eager(batches(3))[0]) for _ in range(2)], rel=1e-5)
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_activations_computed_again_give_the_same_gradients(fp8: bool) -> None:
+    """The second time, outside of the step's forward, the model sees its masters, and casts them itself."""
+    found = []
+    for again in (False, True):
+        model, step = make()
+        model.set_fp8(fp8)
+        model.activation_checkpointing = again
+        step._forward_backward(batches(2))
+        found.append(gradients(model))
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=0, atol=0, msg=name)
+
+
 def test_a_lone_micro_batch_on_a_cpu_is_left_to_the_compiler() -> None:
     _, step = make()
     step(batches(1))

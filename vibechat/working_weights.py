@@ -30,6 +30,7 @@ class WorkingWeights:
         self.copies = {name: torch.empty_like(master, dtype=dtype) for name, master in masters.items()}
         for master, copy in zip(self._masters, self.copies.values(), strict=True):
             copy.requires_grad_(True)
+            torch._dynamo.mark_static_address(copy)  # CUDA graphs read it where it is, and do not copy it in each time
             copy.register_post_accumulate_grad_hook(functools.partial(_add_to_master, master))
 
     @torch.no_grad()
