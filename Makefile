@@ -49,8 +49,8 @@ format: setup ## let ruff and cargo fmt rewrite the tree
 	$(RUN) ruff format .
 	@cargo fmt --manifest-path rustbpe/Cargo.toml
 
-bench: setup ## measure: tokens/s, MFU, and the plain compiled baseline beside it
-	$(RUN) python -m bench.mfu --depth $(DEPTH) $(ARGS)
+bench: setup ## measure: tokens/s, MFU, where a step goes; held against this machine's baseline
+	$(RUN) python -m bench.mfu --depth $(DEPTH) --check $(ARGS)
 
 doctor: setup ## say what this machine has and what is wrong
 	$(RUN) vibechat doctor

@@ -59,7 +59,8 @@ kernels)
     [ -e "$OUT/kernels.json" ] && "$python" -m bench.report "$OUT/kernels.json" >"$OUT/kernels.md"
     ;;
 mfu)
-    step mfu 60 "$python" -m bench.mfu --depth "${DEPTH:-26}" --json
+    step mfu 70 "$python" -m bench.mfu --depth "${DEPTH:-26}" --kernels "${KERNELS:-triton}" --minutes 4.5 \
+        --only vibechat eager compiled
     step attention 30 "$python" -m bench.attention
     step profile 100 "$python" -m bench.step_profile --depth "${DEPTH:-26}"
     ;;

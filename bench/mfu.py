@@ -1,220 +1,254 @@
-"""Real training steps, and what share of the hardware they use: `python -m bench.mfu --depth 4`.
+"""Real training steps, and what share of the hardware they use: `python -m bench.mfu --depth 26`.
 
-Each implementation runs in a process of its own, and they take turns round by round, so that a slow minute of the
-machine falls on all of them. A ratio is the median over rounds of (baseline's seconds / ours in the same round).
-
-    plain     bench/plain_gpt.py under torch.compile: forward + backward only, no optimizer, no data. The baseline.
+    plain     bench/plain_gpt.py under torch.compile: forward + backward only, no optimizer, no data (CPU only)
     eager     vibechat's trainer, references only, without torch.compile
-    vibechat  vibechat's trainer as it trains by default: optimizer, data loader and gradient norm included
+    compiled  vibechat's trainer under torch.compile, references only
+    vibechat  vibechat's trainer as it trains: torch.compile, with the kernels that --kernels chooses
+
+Each runs in a process of its own, and one that runs out of memory costs the others nothing. All are measured at the
+largest micro-batch that all fit, and each at the largest that it fits itself. On a CPU they take turns round by round,
+so that a slow minute of the machine falls on all of them; on a GPU, where two do not fit, they come one after another.
+A ratio is the median over rounds of (the other's seconds / ours in the same round).
 
 MFU = FLOPs a token x tokens a second / peak. The peak is the data sheet's dense bf16 rate where the device is known,
 else what a 4096-cubed matmul in the compute dtype reaches in the same process. `mfu` counts causal attention, `mfu
-full` all T x T of it. The breakdown is wall time between marks, so that it adds up to the step.
-`--check` holds the ratio to plain against the bar (1.3 on a CPU) and exits 1 below it; `--json` ends with one line of
-JSON.
+full` all T x T of it, as nanochat does. The waterfall (bench/waterfall.py) is one more step, under the profiler.
+
+`--check` holds the run against bench/baselines/<device>.json and exits 1 below it (bench/baseline.py);
+`--write-baseline --who NAME --why TEXT` changes that file; both take a run that was measured elsewhere with --recorded
+FILE. Each result goes to $OUT/mfu.json (default bench/results/<device>/mfu.json) when it is known; `--json` prints it.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench import plain_gpt
-from bench.measure import provenance
-from vibechat.common import (
-    UserError,
-    autodetect_device_type,
-    compile_obstacle,
-    compute_dtype,
-    keep_freed_memory,
-    peak_flops,
-)
-from vibechat.gpt import GPT
-from vibechat.kernels import set_backend
-from vibechat.scaling import plan
-from vibechat.train_step import TrainStep, use_deterministic_algorithms
-from vibechat.trainer import Rates, Trainer, measure_matmul_flops, memory_bytes
+from bench import baseline
+from bench.implementations import DidNotFit, Worker, serve
+from bench.measure import provenance, results_directory
+from bench.waterfall import waterfall_lines
+from vibechat.common import UserError, autodetect_device_type
+from vibechat.gpt import GPTConfig
+from vibechat.memory_plan import FORMS, largest_planned
+from vibechat.scaling import model_config
 
 CPU_BAR = 1.3  # vibechat's whole step against the forward + backward of plain
-IMPLEMENTATIONS = ("plain", "eager", "vibechat")
+IMPLEMENTATIONS = ("plain", "eager", "compiled", "vibechat")
+Runs = dict[tuple[str, int], dict[str, Any]]  # (implementation, micro-batch) -> facts, rounds, waterfall
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one implementation, in this process
+# measuring
 
 
-def synthetic_batches(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random tokens, another batch each time."""
-    while True:
-        tokens = torch.randint(args.vocab_size, (args.device_batch_size, args.max_seq_len + 1), device=device)
-        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+class Benchmark:
+    """All runs of one invocation, written to a file as they are known."""
+
+    def __init__(self, args: argparse.Namespace, argv: list[str]) -> None:
+        self.args, self.argv = args, argv
+        self.device = torch.device(args.device)
+        self.runs: Runs = {}
+        self.too_large: dict[str, list[int]] = {name: [] for name in args.only}
+        self.path = results_directory(self.device) / "mfu.json"
+        self._deadline = time.monotonic() + 60 * args.minutes
+
+    def measure(self) -> None:
+        """Everything that was asked for, in the order of its worth, while there is time."""
+        limits = self._limits()
+        while (missing := self._missing(limits)) and time.monotonic() < self._deadline:
+            names, size = missing
+            for group in [names] if self.device.type == "cpu" else [[name] for name in names]:
+                did_not_fit = self._measure_together(group, size) if time.monotonic() < self._deadline else []
+                for name in did_not_fit:
+                    limits[name] = size // 2
+                    if not limits[name]:
+                        del limits[name]
+                if did_not_fit:
+                    break  # the others need not run at a size that not all fit
+        if missing:
+            print("no time left for the rest", flush=True)
+
+    def _limits(self) -> dict[str, int]:
+        """The largest micro-batch to try for each implementation."""
+        args = self.args
+        rows = args.total_batch_size // args.max_seq_len
+        if args.device_batch_size != "auto":
+            return dict.fromkeys(args.only, int(args.device_batch_size))
+        config = model_config(args.depth, args.max_seq_len, args.vocab_size)
+        form = {"plain": "eager"} | {name: name for name in FORMS}
+        return {name: self._largest(config, form[name], rows) for name in args.only}
+
+    def _largest(self, config: GPTConfig, form: str, rows: int) -> int:
+        return largest_planned(config, form, rows, self.device, checkpointing=self.args.activation_checkpointing)
+
+    def _missing(self, limits: dict[str, int]) -> tuple[list[str], int] | None:
+        """(implementations, micro-batch) to measure next: first what all fit, then each one's largest."""
+        if not limits:
+            return None
+        common = min(limits.values())
+        for sizes in (dict.fromkeys(limits, common), limits):
+            missing = [name for name, size in sizes.items() if (name, size) not in self.runs]
+            if missing:
+                return [name for name in missing if sizes[name] == sizes[missing[0]]], sizes[missing[0]]
+        return None
+
+    def _measure_together(self, names: list[str], size: int) -> list[str]:
+        """Run implementations at a micro-batch, taking turns; returns those that did not fit."""
+        args = self.args
+        workers: dict[str, Worker] = {}
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        did_not_fit = []
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                print(f"{name}, {size} rows: compiling and warming up ...", flush=True)
+                worker = Worker(name, self.argv, size)
+                stack.callback(worker.close)
+                try:
+                    worker.wait_until_ready()
+                    workers[name] = worker
+                except DidNotFit as error:
+                    did_not_fit.append(name)
+                    self.too_large[name].append(size)
+                    print(f"{name}, {size} rows: did not fit: {error}", flush=True)
+            for number in range(args.rounds if not did_not_fit else 0):
+                for name, worker in workers.items():
+                    rounds[name].append(worker.steps(args.steps))
+                    print(f"round {number + 1}: {name} {1e3 * rounds[name][-1]['seconds']:.1f} ms a step", flush=True)
+            for name, worker in workers.items() if not did_not_fit else []:
+                self.runs[name, size] = {"facts": worker.facts, "rounds": rounds[name], "waterfall": {}}
+                self.write()
+                if args.waterfall:
+                    self.runs[name, size]["waterfall"] = worker.waterfall()
+                    self.write()
+        return did_not_fit
+
+    # -- what came of it
+
+    def common(self) -> int | None:
+        """The largest micro-batch at which each implementation that fits at all was measured."""
+        names = {name for name, _ in self.runs}
+        sizes = {size for _, size in self.runs if names == {name for name, s in self.runs if s == size}}
+        return max(sizes, default=None)
+
+    def content(self) -> dict[str, Any]:
+        """The run as JSON."""
+        common, args = self.common(), self.args
+        at_common = {name: run for (name, size), run in self.runs.items() if size == common}
+        rows = table_of(args.total_batch_size, at_common)
+        best: dict[str, dict[str, Any]] = {}
+        for (name, size), run in self.runs.items():
+            row = {"micro_batch": size, **table_of(args.total_batch_size, {name: run})[name]}
+            if name not in best or row["tokens_per_second"] > best[name]["tokens_per_second"]:
+                best[name] = row
+        workload = {name: getattr(args, name) for name in baseline.WORKLOAD if name != "micro_batch"}
+        return {
+            "environment": provenance(self.device),
+            "machine": baseline.machine(self.device),
+            "workload": {**workload, "micro_batch": common, "kernels": args.kernels},
+            "rows": rows,
+            "best": best,
+            "did_not_fit": self.too_large,
+            "runs": [{"implementation": name, "micro_batch": size, **run} for (name, size), run in self.runs.items()],
+        }
+
+    def write(self) -> None:
+        """Publish what is known so far, by rename."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)
 
 
-def real_batches(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The trainer's own loader on the built-in text, tokenizing as it goes."""
-    from vibechat.dataloader import Loader
-    from vibechat.dataset import open_dataset
-    from vibechat.tokenizer import RustBPETokenizer
-
-    dataset = open_dataset("builtin", progress=False)
-    texts = dataset.iter_texts("train", max_chars=20_000_000)
-    tokenizer = RustBPETokenizer.train_from_iterator(texts, args.vocab_size)
-    rows = args.total_batch_size // args.max_seq_len
-    return Loader(dataset, tokenizer, args.device_batch_size, args.max_seq_len, rows_per_step=rows, device=device)
-
-
-def measure_trainer(args: argparse.Namespace, *, compile: bool, kernels: str) -> dict[str, Any]:
-    """Steps of vibechat's trainer: seconds of each, and of each of its phases."""
-    device = torch.device(args.device)
-    keep_freed_memory()
-    if device.type == "cpu":
-        use_deterministic_algorithms()
-    set_backend(kernels)
-    run = plan(
-        args.depth,
-        sequence_len=args.max_seq_len,
-        vocab_size=args.vocab_size,
-        total_batch_size=args.total_batch_size,
-        num_iterations=10**6,
-    )
-    torch.manual_seed(0)
-    model = GPT(run.model_config).to(device)
-    model.init_weights()
-    dtype = compute_dtype(device)
-    peak = (peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None) or measure_matmul_flops(
-        device, dtype
-    )
-    if compile and (obstacle := compile_obstacle(device)):
-        raise UserError(f"torch.compile cannot be used here: {obstacle}")
-    step = TrainStep(model, model.setup_optimizers(), compile=compile, say=lambda text: None)
-    trainer = Trainer(
-        step,
-        real_batches(args, device) if args.data == "builtin" else synthetic_batches(args, device),
-        micro_batches=-(-args.total_batch_size // (args.max_seq_len * args.device_batch_size)),
-        num_iterations=run.num_iterations,
-        rates=Rates(args.total_batch_size),
-        lr_multiplier=run.lr_multiplier,
-        momentum=run.muon_momentum,
-    )
-    phases: list[dict[str, float]] = []
-    for _ in range(args.warmup + args.steps):
-        trainer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        phases.append(dict(step.clock.seconds))
-    phases = phases[args.warmup :]
-    return {
-        "seconds": statistics.median(sum(phase.values()) for phase in phases),
-        "phases": {name: statistics.fmean(phase[name] for phase in phases) for name in phases[0]},
-        "mean_seconds": statistics.fmean(sum(phase.values()) for phase in phases),
-        "flops_per_token": model.estimate_flops(causal=True),
-        "flops_per_token_full": model.estimate_flops(),
-        "peak_flops": peak,
-        "memory_bytes": memory_bytes(device),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def measure_plain(args: argparse.Namespace) -> dict[str, Any]:
-    """Forward + backward of the plain baseline, compiled, under the C library's own allocator settings."""
-    device = torch.device(args.device)
-    seconds = plain_gpt.measure(
-        depth=args.depth,
-        length=args.max_seq_len,
-        batch=args.device_batch_size,
-        vocab=args.vocab_size,
-        dtype=compute_dtype(device),
-        device=args.device,
-        steps=args.steps,
-        warmup=args.warmup,
-    )
-    micro_batches = args.total_batch_size / (args.max_seq_len * args.device_batch_size)
-    return {"seconds": statistics.median(seconds) * micro_batches, "memory_bytes": memory_bytes(device)}
-
-
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What one implementation does on this machine, measured in this process."""
-    if name == "plain":
-        return measure_plain(args)
-    if name == "eager":
-        return measure_trainer(args, compile=False, kernels="torch")
-    return measure_trainer(args, compile=True, kernels="auto")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# all of them, taking turns
-
-
-def in_a_process_of_its_own(name: str, argv: list[str]) -> dict[str, Any]:
-    """`measure` in a fresh interpreter."""
-    command = [sys.executable, "-m", "bench.mfu", *argv, "--worker", name]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def rounds_of(args: argparse.Namespace, argv: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """{implementation: one result a round}."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only}
-    for number in range(args.rounds):
-        for name in args.only:
-            print(f"round {number + 1} of {args.rounds}: {name} ...", end=" ", flush=True)
-            result = in_a_process_of_its_own(name, argv)
-            results[name].append(result)
-            print(f"{result['seconds'] * 1e3:.1f} ms a step", flush=True)
-    return results
-
-
-def table_of(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """{implementation: its row}: medians over the rounds."""
+def table_of(tokens: int, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """{implementation: its row}: medians over the rounds, ratios within each round."""
     rows = {}
-    for name, rounds in results.items():
-        seconds = [result["seconds"] for result in rounds]
-        rate = args.total_batch_size / statistics.median(seconds)
+    for name, run in runs.items():
+        seconds = [result["seconds"] for result in run["rounds"]]
+        facts = run["facts"]
         row = {
             "ms": statistics.median(seconds) * 1e3,
-            "spread": (max(seconds) - min(seconds)) / statistics.median(seconds),
-            "tokens_per_second": rate,
-            "memory_bytes": statistics.median(result["memory_bytes"] for result in rounds),
+            "spread": baseline.spread(seconds),
+            "tokens_per_second": tokens / statistics.median(seconds),
+            "memory_bytes": max(result["memory_bytes"] for result in run["rounds"]),
         }
-        if "plain" in results:
-            plain = [result["seconds"] for result in results["plain"]]
-            row["ratio_to_plain"] = statistics.median(b / a for a, b in zip(seconds, plain, strict=True))
-        if "peak_flops" in rounds[0]:
-            for key, flops in (("mfu", "flops_per_token"), ("mfu_full", "flops_per_token_full")):
-                row[key] = statistics.median(
-                    args.total_batch_size / r["seconds"] * r[flops] / r["peak_flops"] for r in rounds
-                )
+        for other in ("plain", "eager", "compiled"):
+            if other in runs and other != name:
+                pairs = zip(seconds, (result["seconds"] for result in runs[other]["rounds"]), strict=False)
+                ratios = [theirs / ours for ours, theirs in pairs]
+                row[f"ratio_to_{other}"] = statistics.median(ratios)
+                if other == "eager":
+                    row["pair_spread"] = baseline.spread(ratios)
+        for key, flops in (("mfu", "flops_per_token"), ("mfu_full", "flops_per_token_full")):
+            if "peak_flops" in facts:
+                row[key] = row["tokens_per_second"] * facts[flops] / facts["peak_flops"]
         rows[name] = row
     return rows
 
 
-def print_table(rows: dict[str, dict[str, float]]) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# saying it
+
+
+def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     """Each implementation a line."""
-    print(f"\n{'':<10}{'ms a step':>10}{'spread':>8}{'tokens/s':>11}{'x plain':>9}{'mfu':>8}{'mfu full':>10}{'GiB':>7}")
+    print(f"\n{title}")
+    head = f"{'':<10}{'rows':>6}{'ms a step':>11}{'spread':>8}{'tokens/s':>11}{'x plain':>9}{'x eager':>9}"
+    print(f"{head}{'x comp.':>9}{'mfu':>8}{'mfu full':>10}{'GiB':>8}")
     for name, row in rows.items():
-        share = [f"{100 * row[key]:.1f}%" if key in row else "" for key in ("mfu", "mfu_full")]
-        ratio = f"{row['ratio_to_plain']:.2f}" if "ratio_to_plain" in row else ""
+        others = [f"ratio_to_{other}" for other in ("plain", "eager", "compiled")]
+        ratios = [f"{row[other]:.2f}" if other in row else "" for other in others]
+        shares = [f"{100 * row[key]:.1f}%" if key in row else "" for key in ("mfu", "mfu_full")]
         print(
-            f"{name:<10}{row['ms']:>10.1f}{100 * row['spread']:>7.0f}%{row['tokens_per_second']:>11,.0f}{ratio:>9}"
-            f"{share[0]:>8}{share[1]:>10}{row['memory_bytes'] / 2**30:>7.2f}"
+            f"{name:<10}{row.get('micro_batch', ''):>6}{row['ms']:>11.1f}{100 * row['spread']:>7.0f}%"
+            f"{row['tokens_per_second']:>11,.0f}{ratios[0]:>9}{ratios[1]:>9}{ratios[2]:>9}"
+            f"{shares[0]:>8}{shares[1]:>10}{row['memory_bytes'] / 2**30:>8.2f}"
         )
 
 
-def print_breakdown(name: str, rounds: list[dict[str, Any]]) -> None:
-    """Where a step goes: means over its steps, of the median round, adding up to the mean step."""
-    middle = sorted(rounds, key=lambda result: result["mean_seconds"])[len(rounds) // 2]
-    print(f"\n{name}: where a step goes")
-    for phase, seconds in middle["phases"].items():
-        print(f"  {phase:<18}{seconds * 1e3:>9.1f} ms{100 * seconds / middle['mean_seconds']:>7.1f}%")
-    print(f"  {'the mean step':<18}{middle['mean_seconds'] * 1e3:>9.1f} ms")
+def print_run(run: dict[str, Any]) -> None:
+    """Tables, waterfalls and what the shares are of."""
+    for name, sizes in run["did_not_fit"].items():
+        if sizes:
+            print(f"{name} did not fit with {', '.join(map(str, sizes))} rows")
+    size = run["workload"]["micro_batch"]
+    if run["rows"]:
+        print_table(
+            "at the largest micro-batch that all fit", {n: {"micro_batch": size} | r for n, r in run["rows"].items()}
+        )
+    if any(row["micro_batch"] != size for row in run["best"].values()):
+        print_table("each at its own best micro-batch", run["best"])
+    for one in run["runs"]:
+        if one["waterfall"]:
+            print(f"\n{one['implementation']}, {one['micro_batch']} rows: where a step goes")
+            print("\n".join(waterfall_lines(one["waterfall"])))
+    facts = next((one["facts"] for one in run["runs"] if "peak_flops" in one["facts"]), None)
+    if facts:
+        print(f"\nMFU is of {facts['peak_flops'] / 1e12:.4g} TFLOP/s in {facts['dtype']}: {facts['peak_is']}")
+
+
+def judge(args: argparse.Namespace, run: dict[str, Any], path: Path) -> int:
+    """Check against the baseline, or become it; returns the exit status."""
+    if args.write_baseline:
+        print(baseline.record(run, args.who, args.why))
+        return 0
+    if not args.check:
+        return 0
+    if "ratio_to_eager" not in run["rows"].get("vibechat", {}):
+        raise UserError("--check needs a run of eager and vibechat at one micro-batch")
+    known = baseline.find(run, f"python -m bench.mfu --recorded {path} --write-baseline --who NAME --why TEXT")
+    fine, lines = baseline.check(run, known)
+    print("\n" + "\n".join(lines))
+    plain = run["rows"]["vibechat"].get("ratio_to_plain")
+    if plain is not None and run["machine"]["device_type"] == "cpu":
+        fine &= plain >= CPU_BAR
+        print(f"ratio to plain: {plain:.3f} ({'holds' if plain >= CPU_BAR else 'FAILS'}: at least {CPU_BAR})")
+    return 0 if fine else 1
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -224,22 +258,35 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=26 if gpu else 4)
     parser.add_argument("--max-seq-len", type=int, default=2048 if gpu else 512)
     parser.add_argument("--vocab-size", type=int, default=65_536 if gpu else 8192)
-    parser.add_argument("--device-batch-size", type=int, default=16 if gpu else 8, help="rows of a micro-batch")
-    parser.add_argument("--total-batch-size", type=int, default=-1, help="tokens of a step; -1: one micro-batch")
+    parser.add_argument("--device-batch-size", default="auto", help="largest micro-batch to try, in rows, or auto")
+    parser.add_argument("--total-batch-size", type=int, default=524_288 if gpu else 4096, help="tokens of a step")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--data", choices=("builtin", "synthetic"), default="synthetic" if gpu else "builtin")
-    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed, after --warmup that are not")
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--check", action="store_true", help=f"exit 1 below {CPU_BAR} times plain")
+    parser.add_argument("--data", choices=("builtin", "synthetic"), default="synthetic")
+    parser.add_argument("--kernels", default="auto", help="of vibechat: auto, triton or torch, with exceptions")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="as the flag of vibechat train")
+    parser.add_argument("--cuda-graphs", action="store_true", help="as the flag of vibechat train")
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS[gpu:]))
+    parser.add_argument("--rounds", type=int, default=1 if gpu else 5, help="turns of each implementation")
+    parser.add_argument("--steps", type=int, default=3 if gpu else 8, help="timed steps of a turn")
+    parser.add_argument("--warmup", type=int, default=1 if gpu else 3, help="steps before the first that is timed")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after so many")
+    parser.add_argument("--waterfall", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--check", action="store_true", help="exit 1 if the run is below its baseline")
+    parser.add_argument("--write-baseline", action="store_true", help="make the run the baseline of this machine")
+    parser.add_argument("--who", default="", help="who changes the baseline")
+    parser.add_argument("--why", default="", help="why it changes")
+    parser.add_argument("--recorded", type=Path, help="take this mfu.json instead of measuring")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--worker", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--micro-batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.total_batch_size < 0:
-        args.total_batch_size = args.max_seq_len * args.device_batch_size
-    if args.total_batch_size % (args.max_seq_len * args.device_batch_size):
+    if args.device_batch_size != "auto" and not args.device_batch_size.isdecimal():
+        parser.error("--device-batch-size must be auto or a number of rows")
+    rows = int(args.device_batch_size) if args.device_batch_size != "auto" else 1
+    if rows < 1 or args.total_batch_size % (rows * args.max_seq_len):
         parser.error("--total-batch-size must be a multiple of --max-seq-len x --device-batch-size")
+    if min(args.rounds, args.steps, args.warmup) < 1:
+        parser.error("--rounds, --steps and --warmup must be at least 1")
     return args
 
 
@@ -249,31 +296,29 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
         if args.worker:
-            print(json.dumps(measure(args.worker, args)))
-            return 0
-        print(
-            f"depth {args.depth}, {args.device_batch_size} rows of {args.max_seq_len} tokens, vocabulary "
-            f"{args.vocab_size:,}, {args.total_batch_size:,} tokens a step, {args.data} data, on {args.device}"
-        )
-        results = rounds_of(args, argv)
-    except UserError as error:
+            return serve(args.worker, args)
+        if args.write_baseline and not (args.who.strip() and args.why.strip()):
+            raise UserError("a baseline needs --who NAME and --why TEXT")
+        if args.recorded:
+            run, path = json.loads(args.recorded.read_text(encoding="utf-8")), args.recorded
+        else:
+            print(
+                f"depth {args.depth}, rows of {args.max_seq_len} tokens, vocabulary {args.vocab_size:,}, "
+                f"{args.total_batch_size:,} tokens a step, {args.data} data, on {args.device}"
+            )
+            benchmark = Benchmark(args, argv)
+            benchmark.measure()
+            benchmark.write()
+            run, path = benchmark.content(), benchmark.path
+            if not benchmark.runs:
+                raise UserError("nothing was measured: see above for what did not fit, or give it more --minutes")
+        print_run(run)
+        if args.json:
+            print(json.dumps(run))
+        return judge(args, run, path)
+    except (UserError, OSError, json.JSONDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = table_of(args, results)
-    print_table(rows)
-    for name in ("eager", "vibechat"):
-        if name in results:
-            print_breakdown(name, results[name])
-    if "vibechat" in results:
-        last = results["vibechat"][-1]
-        print(f"\npeak: {last['peak_flops'] / 1e12:.3f} TFLOP/s in {last['dtype']}")
-    if args.json:
-        print(json.dumps({"environment": provenance(torch.device(args.device)), "rows": rows, "rounds": results}))
-    ratio = rows.get("vibechat", {}).get("ratio_to_plain", 0.0)
-    if args.check and ratio < CPU_BAR:
-        print(f"vibechat is {ratio:.2f} times plain, below the bar of {CPU_BAR}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ process of its own, with the allocator as the C library sets it, and prints one 
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -83,33 +85,22 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
 
 
-def measure(
-    *,
-    depth: int,
-    length: int,
-    batch: int,
-    vocab: int,
-    dtype: torch.dtype,
-    device: str,
-    steps: int,
-    warmup: int,
-    compile: bool = True,
-) -> list[float]:
-    """Seconds of each of `steps` forward + backward passes, after `warmup` that are not counted."""
+def timed_passes(
+    *, depth: int, length: int, batch: int, vocab: int, dtype: torch.dtype, device: str, compile: bool = True
+) -> Iterator[float]:
+    """Seconds of one forward + backward pass after the other, without end; the first compiles."""
     torch.manual_seed(0)
     model = PlainGPT(depth, length, vocab, dtype).to(device)
     run = torch.compile(model) if compile else model
     tokens = torch.randint(vocab, (batch, length + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    seconds = []
-    for _ in range(warmup + steps):
+    while True:
         start = time.perf_counter()
         run(inputs, targets).backward()
         model.zero_grad(set_to_none=True)
         if device != "cpu":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[warmup:]
+        yield time.perf_counter() - start
 
 
 def main() -> None:
@@ -125,9 +116,11 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = vars(parser.parse_args())
-    median = statistics.median(measure(**args | {"dtype": getattr(torch, args["dtype"])}))
+    steps, warmup = args.pop("steps"), args.pop("warmup")
+    passes = timed_passes(**args | {"dtype": getattr(torch, args["dtype"])})
+    median = statistics.median(list(itertools.islice(passes, warmup, warmup + steps)))
     rate = args["batch"] * args["length"] / median
-    print(json.dumps({"seconds": median, "tokens_per_second": rate, "steps": args["steps"]}))
+    print(json.dumps({"seconds": median, "tokens_per_second": rate, "steps": steps}))
 
 
 if __name__ == "__main__":

@@ -1,61 +1,144 @@
 """The training benchmark: its arithmetic on recorded runs, and a real run small enough for a test."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
-from bench import mfu, plain_gpt
+from bench import baseline, implementations, mfu, plain_gpt
+from bench.implementations import DidNotFit
+from bench.waterfall import CATEGORIES
 
 TINY = ["--depth", "1", "--max-seq-len", "16", "--vocab-size", "300", "--device-batch-size", "2", "--device", "cpu"]
+TINY += ["--total-batch-size", "32"]
 
 
-def recorded(seconds: float, **more: Any) -> dict[str, Any]:
-    phases = {"data": 0.1 * seconds, "forward+backward": 0.8 * seconds, "optimizer": 0.1 * seconds}
-    flops = {"flops_per_token": 100, "flops_per_token_full": 200, "peak_flops": 64_000.0, "dtype": "float32"}
-    return {"seconds": seconds, "mean_seconds": seconds, "phases": phases, "memory_bytes": 2**30, **flops, **more}
+class Recorded:
+    """A worker that answers with what was recorded: {implementation: seconds of each round}."""
+
+    seconds: ClassVar[dict[str, list[float]]] = {}
+    fits: ClassVar[dict[str, int]] = {}
+    started: ClassVar[list[tuple[str, int]]] = []
+
+    def __init__(self, name: str, argv: list[str], micro_batch: int) -> None:
+        self.name, self.micro_batch = name, micro_batch
+        self.started.append((name, micro_batch))
+        self._rounds = iter(self.seconds[name])
+        self.facts = {"flops_per_token": 100, "flops_per_token_full": 200, "peak_flops": 64_000.0}
+        self.facts |= {"dtype": "float32", "peak_is": "as recorded"}
+
+    def wait_until_ready(self) -> None:
+        if self.micro_batch > self.fits.get(self.name, 1000):
+            raise DidNotFit("as recorded")
+
+    def steps(self, count: int) -> dict[str, Any]:
+        larger = {1: 1.5, 2: 1.0, 4: 0.8}.get(self.micro_batch, 1.0)  # of the time that two rows at a time take
+        return {"seconds": larger * next(self._rounds), "memory_bytes": self.micro_batch * 2**30}
+
+    def waterfall(self) -> dict[str, float]:
+        return {"matmul mlp": 0.75, "data wait": 0.0, "host gaps": 0.25}
+
+    def close(self) -> None:
+        pass
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds: dict[str, list[float]], *flags: str
-) -> tuple[int, str]:
-    queues = {name: iter(values) for name, values in seconds.items()}
-    monkeypatch.setattr(mfu, "in_a_process_of_its_own", lambda name, argv: recorded(next(queues[name])))
-    rounds = str(len(next(iter(seconds.values()))))
-    status = mfu.main([*TINY, "--rounds", rounds, "--only", *seconds, *flags])
-    return status, capsys.readouterr().out
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+    """Run the benchmark on recorded seconds; gives (exit status, standard output, standard error, mfu.json)."""
+    monkeypatch.setattr(mfu, "Worker", Recorded)
+    monkeypatch.setattr(baseline, "DIRECTORY", tmp_path / "baselines")
+    monkeypatch.setenv("OUT", str(tmp_path))
+
+    def call(seconds: dict[str, list[float]], *flags: str, **fits: int) -> tuple[int, str, str, dict[str, Any]]:
+        monkeypatch.setattr(Recorded, "seconds", seconds)
+        monkeypatch.setattr(Recorded, "fits", fits)
+        monkeypatch.setattr(Recorded, "started", [])
+        rounds = str(len(next(iter(seconds.values()))))
+        status = mfu.main([*TINY, "--rounds", rounds, "--only", *seconds, *flags])
+        said = capsys.readouterr()
+        return status, said.out, said.err, json.loads((tmp_path / "mfu.json").read_text())
+
+    return call
 
 
-def test_ratios_are_medians_over_rounds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ratios_are_medians_over_rounds(run: Callable[..., Any]) -> None:
     seconds = {"plain": [1.0, 9.0, 2.0], "vibechat": [0.5, 3.0, 1.6]}  # a slow second round falls on both
-    status, output = run(monkeypatch, capsys, seconds, "--json")
-    rows = json.loads(output.splitlines()[-1])["rows"]
+    status, output, _, content = run(seconds, "--json")
+    assert json.loads(output.splitlines()[-1]) == content
+    row = content["rows"]["vibechat"]
     assert status == 0
-    assert rows["vibechat"]["ratio_to_plain"] == 2.0
-    assert rows["vibechat"]["tokens_per_second"] == 32 / 1.6
-    assert rows["vibechat"]["mfu"] == pytest.approx(32 / 1.6 * 100 / 64_000)
-    assert rows["vibechat"]["mfu_full"] == pytest.approx(2 * rows["vibechat"]["mfu"])
-    assert "forward+backward" in output
+    assert row["ratio_to_plain"] == 2.0
+    assert row["tokens_per_second"] == 32 / 1.6
+    assert row["mfu"] == pytest.approx(32 / 1.6 * 100 / 64_000)
+    assert row["mfu_full"] == pytest.approx(2 * row["mfu"])
+    assert "75.0%" in output  # of the waterfall
+    assert "0.064 TFLOP/s in float32: as recorded" not in output
+    assert "6.4e-08 TFLOP/s in float32: as recorded" in output
 
 
-@pytest.mark.parametrize(("ours", "status"), [(0.76, 0), (0.78, 1)])
-def test_the_gate_holds_at_the_bar(
-    ours: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_everyone_is_measured_where_all_fit_and_at_its_own_best(run: Callable[..., Any]) -> None:
+    """Eager fits two rows and the others four; what did not fit ends nobody else's run."""
+    seconds = {"eager": [2.0], "compiled": [1.0], "vibechat": [0.5]}
+    flags = ("--total-batch-size", "64", "--device-batch-size", "4")
+    status, output, _, content = run(seconds, *flags, eager=2)
+    assert status == 0
+    assert content["workload"]["micro_batch"] == 2
+    assert content["did_not_fit"] == {"eager": [4], "compiled": [], "vibechat": []}
+    assert content["rows"]["vibechat"]["ratio_to_eager"] == 4.0
+    assert content["rows"]["vibechat"]["ratio_to_compiled"] == 2.0
+    assert {name: row["micro_batch"] for name, row in content["best"].items()} == {
+        "eager": 2,
+        "compiled": 4,
+        "vibechat": 4,
+    }
+    assert content["best"]["vibechat"]["tokens_per_second"] == pytest.approx(64 / 0.4)
+    assert "each at its own best micro-batch" in output
+    assert Recorded.started[:3] == [("eager", 4), ("compiled", 4), ("vibechat", 4)]
+
+
+def test_one_that_never_fits_leaves_the_others(run: Callable[..., Any]) -> None:
+    seconds = {"eager": [2.0], "vibechat": [0.5]}
+    status, output, _, content = run(seconds, eager=0)
+    assert status == 0
+    assert content["did_not_fit"]["eager"] == [2, 1]
+    assert list(content["rows"]) == ["vibechat"]
+    assert "eager did not fit with 2, 1 rows" in output
+
+
+def test_time_that_is_up_ends_the_run(run: Callable[..., Any]) -> None:
+    status, output, errors, content = run({"eager": [2.0]}, "--minutes", "0")
+    assert status == 2
+    assert "no time left for the rest" in output
+    assert errors.startswith("error: nothing was measured")
+    assert content["rows"] == {}
+
+
+def test_a_real_run_gives_valid_json_whose_waterfalls_add_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert run(monkeypatch, capsys, {"plain": [1.0], "vibechat": [ours]}, "--check")[0] == status
-
-
-def test_a_real_run_reports_steps_whose_phases_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert mfu.main([*TINY, "--data", "synthetic", "--steps", "3", "--warmup", "1", "--worker", "eager"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert sum(result["phases"].values()) == pytest.approx(result["mean_seconds"])
-    assert result["seconds"] > 0
-    assert result["peak_flops"] > 1e8
+    monkeypatch.setenv("OUT", str(tmp_path))
+    flags = ["--rounds", "2", "--steps", "1", "--warmup", "1", "--only", "eager", "--json"]
+    assert mfu.main([*TINY, *flags]) == 0
+    content = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert content == json.loads((tmp_path / "mfu.json").read_text())
+    (one,) = content["runs"]
+    assert (one["implementation"], one["micro_batch"]) == ("eager", 2)
+    assert len(one["rounds"]) == 2
+    for turn in one["rounds"]:
+        assert sum(turn["phases"].values()) == pytest.approx(turn["mean_seconds"])
+        assert turn["seconds"] > 0 < turn["memory_bytes"]
+    parts = one["waterfall"]
+    assert tuple(parts) == CATEGORIES
+    assert parts["matmul mlp"] > 0 < parts["optimizer"]
+    assert 0 < content["rows"]["eager"]["mfu"] < content["rows"]["eager"]["mfu_full"]
+    assert content["machine"]["threads"] == torch.get_num_threads()
+    assert content["environment"]["commit"]
 
 
 def test_the_baseline_is_the_same_model() -> None:
-    import torch
-
     from vibechat.gpt import GPT
     from vibechat.scaling import model_config
 
@@ -80,12 +163,43 @@ def test_the_baseline_is_the_same_model() -> None:
     torch.testing.assert_close(plain(inputs, targets), ours(inputs, targets), atol=1e-5, rtol=1e-5)
 
 
-def test_a_failing_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert mfu.main([*TINY, "--data", "synthetic", "--device", "cuda:7", "--only", "eager", "--rounds", "1"]) == 2
-    assert capsys.readouterr().err.startswith("error: eager failed: ")
+@pytest.mark.parametrize("name", ["eager", "compiled"])
+def test_workers_choose_what_they_are_named_after(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(implementations, "TrainerWork", lambda args, **how: asked.update(how))
+    args = mfu.arguments([*TINY, "--kernels", "auto,rms_norm=torch"])
+    implementations.make(name, args)
+    assert asked == {"compile": name == "compiled", "kernels": "torch"}
+    implementations.make("vibechat", args)
+    assert asked == {"compile": True, "kernels": "auto,rms_norm=torch"}
 
 
-def test_a_batch_that_does_not_divide_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(name: str, args: Any) -> None:
+        raise torch.OutOfMemoryError("no 3 GiB")
+
+    monkeypatch.setattr(implementations, "make", full)
+    assert implementations.serve("eager", mfu.arguments(TINY)) == implementations.OUT_OF_MEMORY
+
+
+def test_a_failing_worker_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert mfu.main([*TINY, "--kernels", "no such", "--only", "vibechat", "--rounds", "1"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: vibechat failed: ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--total-batch-size", "33"], "multiple of --max-seq-len x --device-batch-size"),
+        (["--device-batch-size", "0"], "multiple of --max-seq-len x --device-batch-size"),
+        (["--device-batch-size", "many"], "auto or a number of rows"),
+        (["--rounds", "0"], "at least 1"),
+    ],
+)
+def test_flags_that_make_no_run(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        mfu.main([*TINY, "--total-batch-size", "33"])
-    assert "multiple of --max-seq-len" in capsys.readouterr().err
+        mfu.main([*TINY, *flags])
+    assert words in capsys.readouterr().err

@@ -130,17 +130,19 @@ def test_the_core_needs_torch_alone() -> None:
     """A machine with a GPU, torch and Triton, and nothing else, can train a step and measure it."""
     blocked = ["tyro", "rich", "pyarrow", "huggingface_hub", "matplotlib", "tiktoken", "tokenizers", "safetensors"]
     blocked += ["filelock", "wandb", "vibechat._rustbpe"]
-    measurement = "--worker eager --depth 1 --max-seq-len 16 --vocab-size 300 --device-batch-size 2 --device cpu"
-    measurement += " --data synthetic --steps 2 --warmup 1"
+    measurement = "--worker eager --depth 1 --max-seq-len 16 --vocab-size 300 --micro-batch 2 --device cpu"
+    measurement += " --total-batch-size 32 --warmup 1"
     code = f"""
 import sys, importlib
 for name in {blocked!r}: sys.modules[name] = None
-for name in ["attention", "engine", "kernels", "loss_eval", "micro_batch", "scaling", "train_step", "trainer"]:
+names = ["attention", "engine", "kernels", "loss_eval", "memory_plan", "micro_batch", "scaling", "train_step"]
+for name in [*names, "trainer"]:
     importlib.import_module("vibechat." + name)
 from bench import mfu
 raise SystemExit(mfu.main({measurement.split()!r}))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, input="2\nwaterfall\n")
     assert done.returncode == 0, done.stderr
     assert "seconds" in done.stdout
 
