@@ -60,7 +60,7 @@ kernels)
     ;;
 mfu)
     step mfu 70 "$python" -m bench.mfu --depth "${DEPTH:-26}" --kernels "${KERNELS:-triton}" --minutes 4.5 \
-        --only vibechat eager compiled
+        --only vibechat eager compiled fp8
     step attention 30 "$python" -m bench.attention
     step profile 100 "$python" -m bench.step_profile --depth "${DEPTH:-26}"
     ;;

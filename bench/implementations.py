@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench import plain_gpt
 from bench.waterfall import STEP, Shapes, TraceClock, read_trace, waterfall
 from vibechat.common import UserError, compile_obstacle, compute_dtype, keep_freed_memory, peak_flops
+from vibechat.fp8 import fp8_obstacle
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend
 from vibechat.scaling import plan
@@ -71,7 +72,7 @@ def real_batches(args: argparse.Namespace, device: torch.device) -> Iterator[tup
 class TrainerWork:
     """Steps of vibechat's trainer on synthetic or real text."""
 
-    def __init__(self, args: argparse.Namespace, *, compile: bool, kernels: str) -> None:
+    def __init__(self, args: argparse.Namespace, *, compile: bool, kernels: str, fp8: bool = False) -> None:
         self.device = device = torch.device(args.device)
         keep_freed_memory()
         if device.type == "cpu":
@@ -88,6 +89,9 @@ class TrainerWork:
         model = GPT(run.model_config).to(device)
         model.init_weights()
         model.activation_checkpointing = args.activation_checkpointing
+        if fp8 and (obstacle := fp8_obstacle(device, compute_dtype(device))):
+            raise UserError(f"fp8: {obstacle}; leave it out of --only")
+        model.set_fp8(fp8)
         self.shapes = Shapes.of(run.model_config, args.micro_batch)
         if compile:
             if obstacle := compile_obstacle(device):
@@ -232,7 +236,9 @@ def make(name: str, args: argparse.Namespace) -> Work:
         return PlainWork(args)
     if name == "eager":
         return TrainerWork(args, compile=False, kernels="torch")
-    return TrainerWork(args, compile=True, kernels="torch" if name == "compiled" else args.kernels)
+    if name == "compiled":
+        return TrainerWork(args, compile=True, kernels="torch")
+    return TrainerWork(args, compile=True, kernels=args.kernels, fp8=name == "fp8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     eager     vibechat's trainer, references only, without torch.compile
     compiled  vibechat's trainer under torch.compile, references only
     vibechat  vibechat's trainer as it trains: torch.compile, with the kernels that --kernels chooses
+    fp8       the same with --fp8 (Hopper and later, and only where --only names it)
 
 Each runs in a process of its own, and one that runs out of memory costs the others nothing. All are measured at the
 largest micro-batch that all fit, and each at the largest that it fits itself. On a CPU they take turns round by round,
@@ -40,7 +41,7 @@ from vibechat.memory_plan import FORMS, largest_planned
 from vibechat.scaling import model_config
 
 CPU_BAR = 1.3  # vibechat's whole step against the forward + backward of plain
-IMPLEMENTATIONS = ("plain", "eager", "compiled", "vibechat")
+IMPLEMENTATIONS = ("plain", "eager", "compiled", "vibechat", "fp8")
 Runs = dict[tuple[str, int], dict[str, Any]]  # (implementation, micro-batch) -> facts, rounds, waterfall
 
 
@@ -82,7 +83,7 @@ class Benchmark:
         if args.device_batch_size != "auto":
             return dict.fromkeys(args.only, int(args.device_batch_size))
         config = model_config(args.depth, args.max_seq_len, args.vocab_size)
-        form = {"plain": "eager"} | {name: name for name in FORMS}
+        form = {"plain": "eager", "fp8": "vibechat"} | {name: name for name in FORMS}
         return {name: self._largest(config, form[name], rows) for name in args.only}
 
     def _largest(self, config: GPTConfig, form: str, rows: int) -> int:
@@ -265,7 +266,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kernels", default="auto", help="of vibechat: auto, triton or torch, with exceptions")
     parser.add_argument("--activation-checkpointing", action="store_true", help="as the flag of vibechat train")
     parser.add_argument("--cuda-graphs", action="store_true", help="as the flag of vibechat train")
-    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS[gpu:]))
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS[gpu:4]))
     parser.add_argument("--rounds", type=int, default=1 if gpu else 5, help="turns of each implementation")
     parser.add_argument("--steps", type=int, default=3 if gpu else 8, help="timed steps of a turn")
     parser.add_argument("--warmup", type=int, default=1 if gpu else 3, help="steps before the first that is timed")

@@ -171,7 +171,9 @@ def test_workers_choose_what_they_are_named_after(name: str, monkeypatch: pytest
     implementations.make(name, args)
     assert asked == {"compile": name == "compiled", "kernels": "torch"}
     implementations.make("vibechat", args)
-    assert asked == {"compile": True, "kernels": "auto,rms_norm=torch"}
+    assert asked == {"compile": True, "kernels": "auto,rms_norm=torch", "fp8": False}
+    implementations.make("fp8", args)
+    assert asked["fp8"] is True
 
 
 def test_a_worker_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
