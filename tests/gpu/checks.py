@@ -1,6 +1,7 @@
 """What is asked of every op of bench.ops, on any device: tests/gpu asks a GPU at real shapes, tests/interpreted asks
 Triton's interpreter at small ones, so that the first GPU does not meet questions that were never asked before."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,21 @@ from vibechat.gpt import GPT, GPTConfig
 
 KERNELS = ",".join(("torch", *dict.fromkeys(f"{op.backend_name}=triton" for op in OPS.values())))
 """The backend that insists on each of them."""
+
+
+QUESTIONED = [
+    way
+    for op in OPS.values()
+    for way in (
+        [op]
+        if not op.ways
+        else [
+            dataclasses.replace(op, name=f"{op.name}:{name}", public=public, backend=op.backend_name)
+            for name, public in op.ways.items()
+        ]
+    )
+]
+"""The ops, and in place of one that chooses between ways each of its ways."""
 
 
 def tensors(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -3,7 +3,8 @@
 `pytest -m gpu` runs them; where there is no GPU they are skipped and counted.
 """
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from bench.ops import OPS, Op
 from bench.shapes import MODELS, Model, Shape, Source
 from tests.gpu import checks
-from tests.interpreted.numerics import check
+from tests.interpreted.numerics import check, shares_of_eagers_error
 from vibechat import kernels
 from vibechat.kernels import backend
 from vibechat.kernels.qk_norm_rope import reference as rope_reference
@@ -20,11 +21,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
 ]
+relu2_mlp = importlib.import_module("vibechat.kernels.relu2_mlp")  # the package's attribute is the op
 GPU = torch.device("cuda")
 D12, D20, D26 = MODELS
 RAGGED = Model(1, 256, 2, 1000)
 SHAPES = [Shape(D26, 2), Shape(D20, 2), Shape(D12, 4), Shape(D26, 3, 1023), Shape(RAGGED, 5, 33), Shape(RAGGED, 1, 1)]
-every_op = pytest.mark.parametrize("op", list(OPS.values()), ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", checks.QUESTIONED, ids=lambda op: op.name)
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
 
@@ -98,6 +100,47 @@ def test_offsets_pass_2_to_the_31() -> None:
     q = Source(GPU).randn(1, 2048, 13, 128).expand(heads, -1, -1, -1).contiguous()
     turned = kernels.qk_norm_rope(q, q[:, :, :1], *kernels.rotary_tables(2048, 128, 10_000.0, GPU))[0]
     assert torch.equal(turned[-1], turned[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", relu2_mlp.WAYS)
+def test_relu2_mlp_is_no_worse_than_eager(way: str, dtype: torch.dtype) -> None:
+    op = OPS["relu2_mlp"]
+    leaves, (upstream,), _ = op.inputs(SHAPES[3], Source(GPU, dtype))
+    errors = shares_of_eagers_error(op.ways[way], op.reference, leaves, upstream)
+    assert max(errors) <= (0.85 if way == "fused" else 1.002), errors  # cuBLAS may add up in another order
+
+
+@pytest.mark.parametrize("way", relu2_mlp.WAYS)
+def test_relu2_mlp_keeps_half_of_the_hidden_activations(way: str) -> None:
+    op, shape = OPS["relu2_mlp"], SHAPES[0]
+    leaves = [x.requires_grad_() for x in op.inputs(shape, Source(GPU)).leaves]
+
+    def kept(call: Callable[..., torch.Tensor]) -> int:
+        before = torch.cuda.memory_allocated()
+        y = call(*leaves)
+        return torch.cuda.memory_allocated() - before - y.nbytes
+
+    hidden = 2 * shape.rows * 4 * shape.model.channels
+    assert kept(op.reference) == pytest.approx(2 * hidden, rel=0.01)
+    assert kept(op.ways[way]) == pytest.approx(hidden, rel=0.01)
+
+
+def test_relu2_mlp_passes_2_to_the_31() -> None:
+    C, H = 128, 4096
+    rows = 2**31 // H + 1000
+    leaves, (g,), _ = OPS["relu2_mlp"].inputs(Shape(Model(1, C, 1), 1, 1000), Source(GPU))
+    w_fc, w_proj = leaves[1].repeat(H // (4 * C), 1), leaves[2].repeat(1, H // (4 * C))
+    x, g = (t.view(1000, C).repeat(-(-rows // 1000), 1) for t in (leaves[0], g))
+    fused = relu2_mlp.launch_forward(x, w_fc)
+    plain = relu2_mlp.launch_relu2(x @ w_fc.T)
+    for post in (fused, plain):
+        assert torch.equal(post[-1000:], post[:1000])
+    torch.testing.assert_close(fused[-1000:], plain[-1000:], atol=0.02, rtol=0.02)
+    del plain
+    gradients = relu2_mlp.launch_backward(g, w_proj, fused), relu2_mlp.launch_gradient(g @ w_proj, fused)
+    for dpre in gradients:
+        assert torch.equal(dpre[-1000:], dpre[:1000])
 
 
 @every_dtype

@@ -65,6 +65,17 @@ def with_gradients(op: Op, inputs: Iterable[Tensor], upstream: Iterable[Tensor |
     return [*(y.detach() for y in outputs), *gradients]
 
 
+def shares_of_eagers_error(kernel: Op, reference: Op, inputs: list[Tensor], upstream: Tensor) -> list[float]:
+    """Of the output and each gradient: the L2 error against float64, in units of eager PyTorch's."""
+    truth = with_gradients(reference, [x.double() for x in inputs], [upstream.double()])
+    eager = with_gradients(reference, inputs, [upstream])
+    ours = with_gradients(kernel, inputs, [upstream])
+    return [
+        ((mine.double() - true).norm() / (other.double() - true).norm()).item()
+        for mine, other, true in zip(ours, eager, truth, strict=True)
+    ]
+
+
 def check(kernel: Op, reference: Op, inputs: list[Tensor], upstream: list[Tensor | None]) -> None:
     """Hold a kernel's outputs and gradients to the rule, on inputs and upstream gradients of any layout."""
     ours = with_gradients(kernel, inputs, upstream)

@@ -188,12 +188,14 @@ def launch_gradient(g: Tensor, post: Tensor, config: FlatConfig | None = None) -
     return g
 
 
-def way_of(tokens: int, C: int, H: int, dtype: torch.dtype, device: torch.device) -> str:
-    """How the op is computed at these sizes: the same forward and backward."""
-    if tuned_choice("relu2_mlp", widths(C, H), WAYS, device, dtype) == "elementwise":
+def way_of(tokens: int, C: int, H: int, dtype: torch.dtype, device: torch.device, asked: str = "") -> str:
+    """How the op is computed at these sizes, the same forward and backward: as asked, or as was measured, if it can."""
+    if tokens == 0 or (not asked and tokens < FEWEST_TOKENS):
         return "elementwise"
-    if tokens < FEWEST_TOKENS or (dtype.itemsize != 2 and not INTERPRETING):
-        return "elementwise"  # a handful of tokens, and float32, which the fused matmul would round to TF32
+    if (asked or tuned_choice("relu2_mlp", widths(C, H), WAYS, device, dtype)) == "elementwise":
+        return "elementwise"
+    if dtype.itemsize != 2 and not INTERPRETING:
+        return "elementwise"  # float32, for which there is no wgmma but in TF32
     if why := fused_refusal(C, H, dtype):
         backend.say_fallback("relu2_mlp", why, "cuBLAS and an elementwise kernel run")
         return "elementwise"
@@ -215,14 +217,14 @@ def fused_refusal(C: int, H: int, dtype: torch.dtype) -> str | None:
 @torch.library.custom_op("vibechat::relu2_mlp", mutates_args=())
 def _relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, way: str) -> tuple[Tensor, Tensor]:
     w_fc, w_proj = w_fc.to(x.dtype), w_proj.to(x.dtype)
-    way = way or way_of(x.size(0), x.size(1), w_fc.size(0), x.dtype, x.device)
+    way = way_of(x.size(0), x.size(1), w_fc.size(0), x.dtype, x.device, way)
     post = launch_forward(x, w_fc) if way == "fused" else launch_relu2(torch.mm(x, w_fc.T))
     return torch.mm(post, w_proj.T), post
 
 
 @torch.library.custom_op("vibechat::relu2_mlp_backward", mutates_args=())
 def _relu2_mlp_backward(g: Tensor, w_proj: Tensor, post: Tensor, way: str) -> Tensor:
-    way = way or way_of(g.size(0), g.size(1), post.size(1), g.dtype, g.device)
+    way = way_of(g.size(0), g.size(1), post.size(1), g.dtype, g.device, way)
     return launch_backward(g, w_proj, post) if way == "fused" else launch_gradient(torch.mm(g, w_proj), post)
 
 
