@@ -2,8 +2,9 @@
 
 Implementations: `eager` (the reference), `compiled` (the reference under torch.compile), `ours` (the public op with
 its kernel; where Triton runs), `ours:WAY` (each way that the op chooses from, if there are several), `liger` (where
-liger_kernel is installed and has the op). Passes: `forward` (without a graph), `backward` (the graph made before) and
-`both`. What an op is stands in bench/ops. In Triton's interpreter, where times mean nothing, `compiled` is traced only.
+liger_kernel is installed and has the op), and what else the op's entry names. Passes: `forward` (without a graph),
+`backward` (the graph made before) and `both`. What an op is stands in bench/ops. In Triton's interpreter, where times
+mean nothing, `compiled` is traced only.
 """
 
 import functools
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import L2_BYTES
-from bench.ops import OPS, Op
+from bench.ops import OPS
 from bench.shapes import Model, Shape, Source, can_run_kernels, scale_of
 from vibechat.kernels.cost import Cost
 from vibechat.kernels.language import INTERPRETING
@@ -54,7 +55,7 @@ def all_cases(device: torch.device) -> Iterator[Case]:
                 if direction not in op.passes or (scale.batch is None and batch not in op.batches):
                     continue
                 for model in scale.models:
-                    for implementation in (*IMPLEMENTATIONS, *(f"ours:{way}" for way in op.ways)):
+                    for implementation in (*IMPLEMENTATIONS, *op.others, *(f"ours:{way}" for way in op.ways)):
                         if implementation_of(op.name, implementation, device) is not None:
                             yield Case(op.name, implementation, model, batch, scale.length, direction)
 
@@ -67,16 +68,17 @@ def implementation_of(name: str, implementation: str, device: torch.device) -> C
         return op.reference
     if implementation == "compiled":
         return torch.compile(op.reference, dynamic=False, backend="aot_eager" if INTERPRETING else "inductor")
-    if implementation == "liger":
-        return _liger(op) if device.type == "cuda" else None
+    if implementation == "liger" or implementation in op.others:
+        function = op.liger if implementation == "liger" else op.others[implementation]
+        return _imported(function) if device.type == "cuda" else None
     if not can_run_kernels(device):
         return None  # the public op is the reference
     return op.ways[implementation.removeprefix("ours:")] if ":" in implementation else op.public
 
 
-def _liger(op: Op) -> Callable[..., Any] | None:
+def _imported(function: Callable[[], Callable[..., Any]] | None) -> Callable[..., Any] | None:
     try:
-        return None if op.liger is None else op.liger()
+        return None if function is None else function()
     except ImportError:
         return None
 

@@ -5,6 +5,7 @@ counted from the operators that the reference dispatches, each reading its input
 RMSNorm one operator, as it is on CUDA since PyTorch 2.9; views and what the caches may save are free.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.ops import OPS
 from bench.shapes import LENGTH, MODELS, Model, Shape, Source
-from vibechat.kernels.cost import Cost
+from vibechat.kernels.cost import Cost, loss_designs
 
 
 def tensor_bytes(x: Tensor) -> int:
@@ -92,10 +93,21 @@ def cost_rows(batch: int = 16) -> list[Row]:
             shape = Shape(model, batch if batch in op.batches else op.batches[0])
             inputs, _, rest = op.inputs(shape, Source("meta"))
             eager = eager_bytes(op.reference, inputs, *rest, differentiable=op.differentiable)
-            for direction, moved in zip(("forward", "backward"), eager, strict=True):
-                if direction in op.passes:
-                    rows.append(Row(op.name, model, direction, op.total_cost(shape, 2, direction), moved))
+            of_eager = {"forward": eager.forward, "backward": eager.backward, "both": sum(eager)}
+            for direction in reversed(op.passes):
+                if direction != "both" or op.gradients_in_forward:
+                    ours = op.total_cost(shape, 2, direction)
+                    rows.append(Row(op.name, model, direction, ours, of_eager[direction]))
     return rows
+
+
+def loss_rows(shape: Shape) -> dict[str, Cost]:
+    """What training with linear_cross_entropy moves and computes, beside other ways to compute it."""
+    model = shape.model
+    inputs, _, rest = OPS["linear_cross_entropy"].inputs(shape, Source("meta"))
+    moved = sum(eager_bytes(OPS["linear_cross_entropy"].reference, inputs, *rest))
+    sizes = shape.rows, model.channels, model.vocabulary
+    return {"eager": Cost(moved, 6 * math.prod(sizes)), **loss_designs(*sizes)}
 
 
 def cost_lines(batch: int = 16) -> list[str]:
@@ -110,6 +122,12 @@ def cost_lines(batch: int = 16) -> list[str]:
     for entry in OPS.values():
         for model in MODELS:
             lines += entry.predictions(Shape(model, entry.batches[0]))
+    shape = Shape(MODELS[-1], 32)
+    lines.append(f"linear_cross_entropy, forward + backward of {shape.rows} tokens at d26, bfloat16")
+    lines.append(f"{'design':<22}{'GB':>8}{'bytes a logit':>15}{'TFLOPs':>9}")
+    for design, cost in loss_rows(shape).items():
+        a_logit = cost.bytes / shape.rows / shape.model.vocabulary
+        lines.append(f"{design:<22}{cost.bytes / 1e9:>8.1f}{a_logit:>15.1f}{cost.flops / 1e12:>9.1f}")
     return lines
 
 

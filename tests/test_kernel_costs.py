@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from vibechat.kernels.cost import norm_cost, qk_norm_rope_cost, relu2_mlp_cost
+from vibechat.kernels.cost import loss_cost, loss_designs, norm_cost, qk_norm_rope_cost, relu2_mlp_cost
 
 
 def claimed(op: str, backward: bool) -> int:
@@ -67,3 +67,29 @@ def test_at_the_shapes_of_a_d26_step() -> None:
     assert norm_cost(65_536, 1664, 2, residual=True, backward=True).bytes == 4 * one + 4 * 65_536
     rope = qk_norm_rope_cost(32, 2048, 26, 128, 2)
     assert 4 * one < rope.bytes < 4.05 * one
+
+
+def test_the_loss_touches_a_logit_five_times_in_three_matmuls() -> None:
+    """Of 65,536 tokens at d26 a logit is written, read, written as the factor, and read by two matmuls."""
+    N, D, V = 65_536, 1664, 65_536
+    evaluation, training = (loss_cost(N, D, V, 2, training=training) for training in (False, True))
+    assert training.flops == 3 * evaluation.flops == 3 * 2 * N * D * V
+    touched = training.bytes / (N * V)
+    assert 5 * 2 < touched < 1.55 * 5 * 2, "the rest is the weight, and its gradient's accumulation, once a chunk"
+    assert loss_cost(N, D, V, 2, training=True, fused=True).bytes == training.bytes - 2 * 2 * N * V
+
+
+def test_designs_of_the_loss_differ_as_they_should() -> None:
+    ours, fused, liger, recomputing = loss_designs(65_536, 1664, 65_536).values()
+    assert ours.flops == fused.flops == liger.flops == recomputing.flops * 3 // 4
+    assert recomputing.bytes < fused.bytes < ours.bytes < liger.bytes
+
+
+def test_the_docstring_s_bytes_of_the_loss() -> None:
+    text = importlib.import_module("vibechat.kernels.linear_cross_entropy_triton").__doc__ or ""
+    found = re.search(r"chunks of R rows: (\d) N V b .*?for each chunk (\d) V D b .*? and (\d) V D to", text, re.DOTALL)
+    assert found is not None
+    logits, weights, accumulation = map(int, found.groups())
+    N, D, V, chunks = 64 * 4096, 8, 2**20, 64  # so many words that x is nothing
+    counted = logits * N * V * 2 + chunks * V * D * (weights * 2 + accumulation)
+    assert loss_cost(N, D, V, 2, training=True).bytes == pytest.approx(counted, rel=0.001)

@@ -4,16 +4,19 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vibechat import kernels
 from vibechat.kernels import backend
-from vibechat.kernels.linear_cross_entropy import _GradientsInBackward, _Loss, reference, rows_per_chunk
+from vibechat.kernels.linear_cross_entropy import _GradientsInBackward, reference, rows_per_chunk
 from vibechat.kernels.relu2_mlp import reference as relu2_reference
 
 
@@ -188,12 +191,19 @@ def loss_and_gradients(loss: Callable[..., Tensor], x: Tensor, weight: Tensor) -
 @pytest.mark.parametrize("softcap", [15.0, 60.0, None])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("compiling", [False, True])
 def test_linear_cross_entropy_is_the_reference(
-    reduction: str, softcap: float | None, z_loss: float, weighted: bool, monkeypatch: pytest.MonkeyPatch
+    reduction: str,
+    softcap: float | None,
+    z_loss: float,
+    weighted: bool,
+    compiling: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = sys.modules["vibechat.kernels.linear_cross_entropy"]
     monkeypatch.setattr(module, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 1)  # chunks of 64 of the 150 rows
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", {True: 1, False: 1})  # chunks of 64 of the 150 rows
+    monkeypatch.setattr(module, "_compiling", lambda: compiling)
     x, weight = 3 * randn(3, 50, 8), randn(37, 8, seed=1)
     targets = torch.randint(37, (3, 50), generator=torch.Generator().manual_seed(2))
     targets[:, ::7] = -1
@@ -231,7 +241,11 @@ REGIMES = {"tiny": 0.02, "ordinary": 1.0, "saturated": 12.0}
 
 @pytest.mark.parametrize("scale", REGIMES.values(), ids=REGIMES)
 @pytest.mark.parametrize("softcap", [15.0, 30.0, 40.0, None])
-def test_in_bfloat16_it_is_no_worse_than_eager(scale: float, softcap: float | None) -> None:
+@pytest.mark.parametrize("compiling", [False, True])
+def test_in_bfloat16_it_is_no_worse_than_eager(
+    scale: float, softcap: float | None, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["vibechat.kernels.linear_cross_entropy"], "_compiling", lambda: compiling)
     x, weight = randn(256, 64, dtype=torch.bfloat16), (randn(512, 64, seed=1) * scale / 8).float()
     targets = torch.randint(512, (256,), generator=torch.Generator().manual_seed(2))
     targets[::9] = -1
@@ -266,19 +280,28 @@ def test_two_backwards_give_the_same_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_logits_are_never_all_there(reduction: str, compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not forward, not backward, not in evaluation: no tensor is larger than a chunk of 256 of the 1,500 rows."""
     biggest = 0
-    capped = _Loss.cap
 
-    def watched(self: _Loss, u: Tensor) -> tuple[Tensor, Tensor | float]:
-        nonlocal biggest
-        biggest = max(biggest, u.size(0))
-        return capped(self, u)
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal biggest
+            result = func(*args, **(kwargs or {}))
+            biggest = max([biggest, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+            return result
 
-    monkeypatch.setattr(_Loss, "cap", watched)
-    x, weight = randn(3000, 4, dtype=torch.float32).requires_grad_(), randn(16_384, 4, dtype=torch.float32)
-    kernels.linear_cross_entropy(x, weight, torch.zeros(3000, dtype=torch.long)).backward()
-    assert 0 < biggest <= 256
+    module = sys.modules["vibechat.kernels.linear_cross_entropy"]
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", {True: 1, False: 1})
+    monkeypatch.setattr(module, "_compiling", lambda: compiling)
+    x, weight = randn(1500, 4, dtype=torch.float32).requires_grad_(), randn(4096, 4, dtype=torch.float32)
+    targets = torch.zeros(1500, dtype=torch.long)
+    with Watch():
+        kernels.linear_cross_entropy(x, weight, targets, reduction=reduction).sum().backward()
+        kernels.linear_cross_entropy(x.detach(), weight, targets)
+    assert biggest == 256 * 4096
 
 
 @given(rows=st.integers(1, 10**6), vocab=st.integers(2, 10**6), workspace=st.integers(1, 2**33))

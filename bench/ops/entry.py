@@ -67,6 +67,8 @@ class Op:
     """every kernel of the op at a model's shapes"""
     liger: Callable[[], Callable[..., Any]] | None = None
     """imports Liger's function and returns it with the signature of `public`; raises ImportError where it is not"""
+    others: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
+    """further implementations under names of their own, imported as Liger's is"""
     ways: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """several implementations of ours, if the op chooses between them by shape, under the names that
     `tuning.tuned_choice` knows; each with the signature of `public`"""
@@ -77,6 +79,8 @@ class Op:
     predictions: Callable[[Shape], list[str]] = lambda shape: []
     """lines that say what the cost model expects of the implementations, before anybody measured them"""
     differentiable: bool = True
+    gradients_in_forward: bool = False
+    """whether a backward alone says nothing; `cost` of it is then what training takes beyond evaluation"""
     backend: str = ""
     """the name in vibechat.kernels.OPS, if it is not `name`"""
 
@@ -88,7 +92,9 @@ class Op:
     @property
     def passes(self) -> tuple[str, ...]:
         """Directions that exist, the most valuable first."""
-        return ("both", "forward", "backward") if self.differentiable else ("forward",)
+        if not self.differentiable:
+            return ("forward",)
+        return ("both", "forward") if self.gradients_in_forward else ("both", "forward", "backward")
 
     def total_cost(self, shape: Shape, itemsize: int, direction: str) -> Cost:
         """Of a direction: `forward`, `backward` or `both`."""

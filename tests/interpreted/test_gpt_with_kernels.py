@@ -8,7 +8,7 @@ from tests.interpreted.numerics import assert_no_worse
 from vibechat import kernels
 from vibechat.gpt import GPT, GPTConfig
 
-KERNELS = "torch,rms_norm=triton,add_rms_norm=triton,qk_norm_rope=triton"
+KERNELS = "torch,rms_norm=triton,add_rms_norm=triton,qk_norm_rope=triton,linear_cross_entropy=triton"
 
 
 def model_with(dtype: torch.dtype, n_kv_head: int) -> GPT:

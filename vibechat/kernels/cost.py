@@ -39,3 +39,44 @@ def relu2_mlp_cost(
     inner += 0 if fused else 2
     elements = outer * tokens * channels + inner * tokens * hidden + weights * channels * hidden
     return Cost(elements * itemsize, (8 if backward else 4) * tokens * channels * hidden)
+
+
+LOSS_CHUNK = 4096  # rows whose bfloat16 logits fill the default workspace at 65,536 words
+
+
+def loss_cost(rows: int, channels: int, vocab: int, itemsize: int, *, training: bool, fused: bool = False) -> Cost:
+    """Of linear_cross_entropy: training, both gradients made, or evaluation.
+
+    The logits are written and read once, the factor is written once and read by two matmuls; with `fused`, the matmul
+    that makes the logits writes the factor itself. Each chunk of rows reads the weight for each of its matmuls, and
+    adds to dw in float32.
+    """
+    chunks = -(-rows // LOSS_CHUNK)
+    logits, x, weight = (itemsize * size for size in (rows * vocab, rows * channels, vocab * channels))
+    if not training:
+        return Cost(2 * logits + x + chunks * weight, 2 * rows * channels * vocab)
+    wide = max(4, itemsize)
+    products = (itemsize + 2 * wide) * rows * channels  # dx, by way of a wider product
+    dw = (2 * chunks - 1) * wide * vocab * channels
+    moved = (3 if fused else 5) * logits + 4 * x + products + 2 * chunks * weight + dw
+    return Cost(moved, 6 * rows * channels * vocab)
+
+
+def loss_designs(rows: int, channels: int, vocab: int, itemsize: int = 2) -> dict[str, Cost]:
+    """Training's bytes and FLOPs of this op and of how others compute it; eager's stands in bench.cost_table.
+
+    Liger: chunks of its own size; two reads and a write where we have one of each, dw summed in the weight's dtype. A
+    recomputing design (CCE, Liger for sm_90) keeps no logit, makes them again in the backward and writes their gradient
+    once for two matmuls.
+    """
+    logits, x, weight = (itemsize * size for size in (rows * vocab, rows * channels, vocab * channels))
+    matmul = 2 * rows * channels * vocab
+    liger_rows = 1 << (-(-rows // -(-vocab // channels)) - 1).bit_length()
+    liger_chunks = -(-rows // liger_rows)
+
+    return {
+        "ours, cuBLAS logits": loss_cost(rows, channels, vocab, itemsize, training=True),
+        "ours, fused": loss_cost(rows, channels, vocab, itemsize, training=True, fused=True),
+        "Liger": Cost(6 * logits + 3 * x + liger_chunks * 4 * weight, 3 * matmul),
+        "recomputing": Cost(3 * logits + 4 * x + 4 * weight, 4 * matmul),
+    }

@@ -6,6 +6,8 @@
 Rows go in chunks of three matmuls each (u = x w^T; dx = du w; dw += du^T x), all done in the forward, so that nothing
 of size rows x vocabulary outlives its chunk. FLOPs for N rows, D channels and V words: 6 N D V, with no recomputation.
 As z <= c, exp(z - c) cannot overflow and needs no row maximum: a chunk is swept once for the sums and once for du.
+On a CPU, without a compiler, `linear_cross_entropy_eager` does it in place; on a GPU there are kernels
+(`linear_cross_entropy_ops`).
 Without a softcap, or with one so wide that exp(-2 c) leaves float32 (c > 40), a sweep for the maxima comes before.
 Where the weights of the rows are not known before the backward (`reduction="none"`), the backward computes the logits
 again: 8 N D V.
@@ -19,9 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vibechat.kernels import backend
+from vibechat.kernels.linear_cross_entropy_eager import EagerChunks
+from vibechat.kernels.linear_cross_entropy_ops import WAYS, rows_op, train_op
+from vibechat.kernels.linear_cross_entropy_triton import WIDEST_OFFSET_FREE_SOFTCAP
+
 LOG2_E = 1.4426950408889634
-WIDEST_OFFSET_FREE_SOFTCAP = 40.0
-CPU_CHUNK_BYTES = 16 * 2**20  # a chunk's logits stay near the last-level cache, and a laptop's peak stays low
+CPU_CHUNK_BYTES = {
+    True: 16 * 2**20,
+    False: 8 * 2**20,
+}  # compiled and eager: what ran fastest; a laptop's peak stays low
 FEWEST_ROWS = 256  # below this a matmul no longer runs at speed
 
 
@@ -105,6 +114,11 @@ class _Loss(NamedTuple):
         return (loss * row_weights).sum(), du @ weight, du.T @ x
 
 
+def _compiling() -> bool:
+    """Whether Inductor will fuse these operators; without it, `EagerChunks` computes the same in fewer passes."""
+    return torch.compiler.is_compiling()
+
+
 class _GradientsInForward(torch.autograd.Function):
     """Weighted sum of the losses, with both gradients made while each chunk's logits are there."""
 
@@ -141,6 +155,10 @@ class _GradientsInBackward(torch.autograd.Function):
 def _all_losses(x: Tensor, weight: Tensor, targets: Tensor, loss: _Loss, rows: int) -> Tensor:
     """(N,) losses, a chunk of rows at a time."""
     w = weight.to(x.dtype)
+    if not _compiling():
+        eager = EagerChunks(x, w, rows, *loss)
+        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        return torch.cat([eager.losses(xs, ts) for xs, ts in parts])
     return torch.cat([loss.rows(xs @ w.T, ts)[0] for xs, ts in zip(x.split(rows), targets.split(rows), strict=True)])
 
 
@@ -152,6 +170,12 @@ def _all_gradients(
     wide = torch.promote_types(x.dtype, torch.float32)
     total, dx, dw = torch.zeros((), dtype=wide, device=x.device), [], None
     chunks = zip(x.split(rows), targets.split(rows), row_weights.to(wide).split(rows), strict=True)
+    if not _compiling():
+        eager = EagerChunks(x, w, rows, *loss)
+        whole_dx, whole_dw = torch.empty_like(x), torch.zeros(w.shape, dtype=wide, device=x.device)
+        for (x_rows, target_rows, weights), dx_rows in zip(chunks, whole_dx.split(rows), strict=True):
+            total = total + eager.gradients(x_rows, target_rows, weights, dx_rows, whole_dw)
+        return total, whole_dx, whole_dw.to(weight.dtype)
     for x_rows, target_rows, weights in chunks:
         chunk_total, chunk_dx, chunk_dw = loss.gradients(x_rows, w, target_rows, weights)
         total = total + chunk_total
@@ -164,7 +188,7 @@ def _all_gradients(
 def rows_per_chunk(rows: int, vocab: int, itemsize: int, workspace_bytes: int) -> int:
     """How many rows' logits fit the workspace: even shares of `rows`, a multiple of 64, never below FEWEST_ROWS."""
     most = max(FEWEST_ROWS, workspace_bytes // (vocab * itemsize))
-    chunks = -(-rows // most)
+    chunks = max(1, -(-rows // most))
     return -(-rows // (64 * chunks)) * 64
 
 
@@ -179,6 +203,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     token_weights: Tensor | None = None,
     workspace_mb: int = 512,
+    way: str = "",
 ) -> Tensor:
     """Cross-entropy of softcap(x weight^T) against targets, a chunk of rows at a time.
 
@@ -192,13 +217,16 @@ def linear_cross_entropy(
         reduction: "mean" over what is not ignored (weighted mean under token_weights), "sum", or "none".
         token_weights: (...), multiplies each row's loss; no gradient flows into it.
         workspace_mb: MiB that one chunk's logits may take (a CPU takes 16 at most).
+        way: of the kernel: "cublas", "fused" (where it can), or "", which is what measured faster on this device.
 
     Returns:
         () in float32 or wider, or (...) for "none". Zero, with zero gradients, if every target is ignored.
 
     Raises:
-        ValueError: for an unknown reduction or shapes that do not fit.
+        ValueError: for an unknown reduction or way, or shapes that do not fit.
     """
+    if way not in ("", *WAYS):
+        raise ValueError(f"linear_cross_entropy: way {way!r} must be one of {', '.join(WAYS)}, or empty")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"linear_cross_entropy: reduction {reduction!r} must be mean, sum or none")
     if x.shape[:-1] != targets.shape or x.size(-1) != weight.size(-1):
@@ -208,13 +236,21 @@ def linear_cross_entropy(
         )
     flat_x, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
     loss = _Loss(softcap, ignore_index, z_loss)
-    workspace = min(workspace_mb * 2**20, CPU_CHUNK_BYTES) if x.device.type == "cpu" else workspace_mb * 2**20
+    workspace = workspace_mb * 2**20
+    if x.device.type == "cpu":
+        workspace = min(workspace, CPU_CHUNK_BYTES[_compiling()])
     rows = rows_per_chunk(flat_x.size(0), weight.size(0), x.element_size(), workspace)
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    with_kernel = backend.takes_kernel("linear_cross_entropy", x)
+
+    def all_losses() -> Tensor:
+        if with_kernel:
+            return rows_op(flat_x, weight, flat_targets, *loss, rows, way)[0]
+        arguments = (flat_x, weight, flat_targets, loss, rows)
+        return _GradientsInBackward.apply(*arguments) if wants_gradient else _all_losses(*arguments)
 
     if reduction == "none":
-        arguments = (flat_x, weight, flat_targets, loss, rows)
-        losses = _GradientsInBackward.apply(*arguments) if wants_gradient else _all_losses(*arguments)
+        losses = all_losses()
         return (losses if token_weights is None else losses * token_weights.detach().reshape(-1)).view(targets.shape)
 
     valid = (flat_targets != ignore_index).to(torch.promote_types(x.dtype, torch.float32))
@@ -222,6 +258,8 @@ def linear_cross_entropy(
     if reduction == "mean":
         count = row_weights.sum()
         row_weights = row_weights / torch.where(count == 0, 1.0, count)
-    if wants_gradient:
-        return _GradientsInForward.apply(flat_x, weight, flat_targets, row_weights, loss, rows)
-    return (_all_losses(flat_x, weight, flat_targets, loss, rows) * row_weights).sum()
+    if not wants_gradient:
+        return (all_losses() * row_weights).sum()
+    if with_kernel:
+        return train_op(flat_x, weight, flat_targets, row_weights, *loss, rows, way)[0]
+    return _GradientsInForward.apply(flat_x, weight, flat_targets, row_weights, loss, rows)
