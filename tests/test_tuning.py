@@ -175,12 +175,25 @@ def test_every_shipped_file_names_what_exists() -> None:
 # what a person is told
 
 
+class Settings(SimpleNamespace):
+    """Of a run; what is not said is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def said_when_a_run_starts(device: torch.device, spec: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
-    for name, answer in (("compute_dtype", torch.bfloat16), ("attention_backend", "fast"), ("seed_everything", None)):
+    answers = {
+        "compute_dtype": torch.bfloat16,
+        "attention_backend": "fast",
+        "set_attention": None,
+        "seed_everything": None,
+    }
+    for name, answer in answers.items():
         monkeypatch.setattr(base_run, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(base_run, "print0", lines.append)
-    run = SimpleNamespace(device=device, settings=SimpleNamespace(kernels=spec, deterministic=False, seed=0))
+    run = SimpleNamespace(device=device, settings=Settings(kernels=spec))
     base_run.BaseRun._prepare_machine(run)  # type: ignore[arg-type]
     return lines
 
