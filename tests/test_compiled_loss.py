@@ -1,14 +1,10 @@
 """linear_cross_entropy without a GPU, its launchers on tensors without data: memory, no waiting, its other paths."""
 
 import os
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 if "TRITON_INTERPRET" in os.environ:
@@ -16,35 +12,13 @@ if "TRITON_INTERPRET" in os.environ:
 
 from bench.compile_only import compile_only, statistics  # noqa: E402
 from bench.compile_report import faults  # noqa: E402
+from bench.loss import PeakBytes  # noqa: E402
 from vibechat.kernels.linear_cross_entropy import rows_per_chunk  # noqa: E402
 from vibechat.kernels.linear_cross_entropy_ops import WAYS, evaluate, recompute, train  # noqa: E402
 
 MIB = 2**20
 N, D, V = 65_536, 1664, 65_536  # 32 rows of 2,048 tokens at depth 26
 CAPPED = (15.0, -1, 0.0)
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that were held at once by tensors born under it; what the allocator rounds up is not in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self.born: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is not None and storage._cdata not in given:
-                self.born[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.born = {key: (ref, size) for key, (ref, size) in self.born.items() if not ref.expired()}
-        self.peak = max(self.peak, self.held())
-        return result
-
-    def held(self) -> int:
-        return sum(size for ref, size in self.born.values() if not ref.expired())
 
 
 def tensors(dtype: torch.dtype = torch.bfloat16, master: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
