@@ -130,12 +130,15 @@ def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr("vibechat.attention.attention_backend", lambda device, dtype: asked.append(dtype) or "math")
     exam = Examination()
     doctor.examine_torch(exam)
     assert exam.facts["Compute"]["GPU 0"] == "Tesla V100, 16 GiB, capability 7.0"
     assert exam.facts["Compute"]["dtype"] == "float32 on cuda"
     assert "no bfloat16" in whats(exam, "warning")
-    assert exam.facts["Compute"]["attention"].startswith("scaled_dot_product_attention (")
+    assert exam.facts["Compute"]["attention"] == "math"
+    assert asked == [torch.float32], "asked of a dtype that this GPU does not train in"
 
 
 def test_what_torch_compile_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def test_doctor_says_it_too(gpu: torch.device, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("vibechat.common.autodetect_device_type", lambda: "cuda")
     monkeypatch.setattr("vibechat.common.compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr("vibechat.common.compile_obstacle", lambda device: None)
-    monkeypatch.setattr("vibechat.attention.attention_backend", lambda device: "fast")
+    monkeypatch.setattr("vibechat.attention.attention_backend", lambda *_: "fast")
     exam = doctor.Examination()
     doctor._examine_choices(exam)
     advice = [finding for finding in exam.findings if "bench.tune" in finding.advice]

@@ -209,7 +209,7 @@ def _examine_choices(exam: Examination) -> None:
     exam.note("Compute", "torch.compile", f"cannot be used: {obstacle}" if obstacle else "can be used")
     if obstacle:
         exam.find("warning", f"torch.compile cannot be used: {obstacle}", "training works without it, slower")
-    exam.note("Compute", "attention", attention_backend(device))
+    exam.note("Compute", "attention", attention_backend(device, dtype))
     try:
         kernels = importlib.import_module("vibechat.kernels")
         choices = kernels.backend_table(device, dtype)
