@@ -13,8 +13,9 @@ tokens x channels in bfloat16 is read or written, forward and backward, in each 
     loss, bytes        303      16         6         of each logit: counted on the reference, whose every operator
                                                      writes fp32; two sweeps; one
 
-Attention runs at published rates (FlashAttention-2 for eager unless --attention says else, cuDNN for the rest), and the
-optimizer is a step's, shared by its micro-batches: fp32 states read and written, Newton-Schulz in half precision.
+Attention runs at published rates, cuDNN's for all three, since all three call `attend`; --attention flash2 is PyTorch's
+own choice on Hopper. The optimizer is a step's, shared by its micro-batches: fp32 states read and written,
+Newton-Schulz in half precision.
 The ceilings are those of an H200, 4.3 TB/s and 788 TFLOP/s; --ceilings takes what bench.ceilings measured.
 """
 
@@ -69,7 +70,7 @@ def predict(
     form: str,
     *,
     ceilings: Ceilings | None = None,
-    attention: str | None = None,
+    attention: str = "cudnn",
     micro_batches: int = 16,
     matmul_share: float = 1.0,
 ) -> Prediction:
@@ -80,7 +81,7 @@ def predict(
         rows: of the micro-batch.
         form: "eager", "compiled" or "vibechat".
         ceilings: of the device; an H200's if None.
-        attention: "flash2" or "cudnn"; None: flash2 for eager, cudnn for the rest.
+        attention: "cudnn" or "flash2".
         micro_batches: that share one optimizer step.
         matmul_share: of the large matmul's rate that the model's own matmuls reach.
     """
@@ -89,7 +90,7 @@ def predict(
     N = rows * T
     rate, bandwidth = limits.matmul_flops_per_second * matmul_share, limits.copy_bytes_per_second
     one_pass = 2 * N * C / bandwidth
-    forward, backward = ATTENTION_RATES[attention or ("flash2" if form == "eager" else "cudnn")]
+    forward, backward = ATTENTION_RATES[attention]
     attention_flops = 4 * N * T * C * L / 2  # causal, forward
     matrices = 12 * C * C * L
     casts = (6 + (24 if form == "eager" else 10) * micro_batches) * (matrices + V * C) / micro_batches
@@ -117,12 +118,20 @@ def read_ceilings(path: Path) -> Ceilings:
     return Ceilings(measured["copy_bytes_per_second"], measured["matmul_flops_per_second"])
 
 
-def lines_of(depth: int, rows: int, ceilings: Ceilings, total_batch_size: int, matmul_share: float) -> list[str]:
+def lines_of(depth: int, ceilings: Ceilings, args: argparse.Namespace) -> list[str]:
     """The prediction for a depth, a column for each form."""
-    config = model_config(depth, 2048, 65_536)
-    steps = max(1, total_batch_size // (rows * config.sequence_len))
+    config, rows = model_config(depth, 2048, 65_536), args.rows
+    steps = max(1, args.total_batch_size // (rows * config.sequence_len))
     found = {
-        form: predict(config, rows, form, ceilings=ceilings, micro_batches=steps, matmul_share=matmul_share)
+        form: predict(
+            config,
+            rows,
+            form,
+            ceilings=ceilings,
+            attention=args.attention,
+            micro_batches=steps,
+            matmul_share=args.matmul_share,
+        )
         for form in FORMS
     }
     lines = [f"d{depth}, {rows} rows of {config.sequence_len}: milliseconds of a micro-step, predicted"]
@@ -145,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=16, help="of a micro-batch")
     parser.add_argument("--total-batch-size", type=int, default=524_288)
     parser.add_argument("--ceilings", type=Path, help="a ceilings.json that bench.ceilings measured")
+    parser.add_argument("--attention", choices=sorted(ATTENTION_RATES), default="cudnn")
     parser.add_argument(
         "--matmul-share", type=float, default=0.9, help="of the large matmul's rate, for the model's own"
     )
@@ -155,8 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         f"TFLOP/s of which the model's reach {100 * args.matmul_share:.0f}%, MFU of {PEAK / 1e12:.1f} TFLOP/s"
     )
     for depth in args.depths:
-        lines = lines_of(depth, args.rows, ceilings, args.total_batch_size, args.matmul_share)
-        print("\n" + "\n".join(lines))
+        print("\n" + "\n".join(lines_of(depth, ceilings, args)))
     return 0
 
 
