@@ -605,6 +605,17 @@ def test_another_measure_of_length_replaces_the_number_of_iterations() -> None:
     assert settle(Config(num_iterations=7, target_flops=1e15), gpu=False, before=None).num_iterations == 7
 
 
+@pytest.mark.parametrize(
+    ("variable", "setting"), [("VIBECHAT_KERNELS", "kernels"), ("VIBECHAT_ATTENTION", "attention")]
+)
+def test_a_variable_says_what_a_flag_does_not(variable: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "")
+    assert getattr(settle(Config(), gpu=True, before=None), setting) == "auto"
+    monkeypatch.setenv(variable, "torch" if setting == "kernels" else "math")
+    assert getattr(settle(Config(), gpu=True, before=None), setting) in ("torch", "math")
+    assert getattr(settle(Config(**{setting: "auto"}), gpu=True, before=None), setting) == "auto"
+
+
 def test_a_continued_run_takes_what_was_not_said_from_its_checkpoint() -> None:
     first = settle(Config(depth=2, eval_every=7, data="a.txt", seed=5), gpu=False, before=None)
     before = json.loads(json.dumps(vars(first)))

@@ -95,8 +95,9 @@ class Config:
     """compile the model with torch.compile (on, where there is a compiler)"""
     cuda_graphs: bool = False
     """replay compiled steps as CUDA graphs: for small models on a GPU, whose kernels are shorter than their launch"""
-    kernels: str | None = None
-    """which kernels run: auto, triton or torch, with exceptions like auto,relu2_mlp=torch (auto)"""
+    kernels: str = dataclasses.field(default_factory=lambda: os.environ.get("VIBECHAT_KERNELS") or "auto")
+    """which kernels run: auto, triton or torch, with exceptions like auto,relu2_mlp=torch (VIBECHAT_KERNELS=choice
+    asks for it too)"""
     attention: str = dataclasses.field(default_factory=lambda: os.environ.get("VIBECHAT_ATTENTION") or "auto")
     """what attends: auto (cuDNN on Hopper and later), cudnn, flash, efficient, flex, math or sdpa (PyTorch's own
     choice); what is not there is refused (VIBECHAT_ATTENTION=way asks for it too)"""
@@ -137,7 +138,6 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "save_every": (250, 250),
     "keep": (2, 2),
     "compile": (True, True),
-    "kernels": ("auto", "auto"),
     "deterministic": (False, True),
 }
 # What --demo says where a person did not.
