@@ -5,7 +5,15 @@ import re
 
 import pytest
 
-from vibechat.kernels.cost import loss_cost, loss_designs, norm_cost, qk_norm_rope_cost, relu2_mlp_cost
+from vibechat.kernels.cost import (
+    loss_cost,
+    loss_designs,
+    newton_schulz_cost,
+    newton_schulz_flops,
+    norm_cost,
+    qk_norm_rope_cost,
+    relu2_mlp_cost,
+)
 
 
 def claimed(op: str, backward: bool) -> int:
@@ -93,3 +101,16 @@ def test_the_docstring_s_bytes_of_the_loss() -> None:
     N, D, V, chunks = 64 * 4096, 8, 2**20, 64  # so many words that x is nothing
     counted = logits * N * V * 2 + chunks * V * D * (weights * 2 + accumulation)
     assert loss_cost(N, D, V, 2, training=True).bytes == pytest.approx(counted, rel=0.001)
+
+
+def test_newton_schulz_flops_are_the_known_multiples_of_d_cubed() -> None:
+    def multiple(m: int, n: int, symmetric: bool, restarts: int = -1) -> float:
+        return newton_schulz_flops(3, m, n, symmetric=symmetric, restarts=restarts) / (3 * m**3)
+
+    assert [multiple(8, 8, symmetric) for symmetric in (False, True)] == [30, 20]
+    assert [multiple(8, 32, symmetric) for symmetric in (False, True)] == [90, 65]
+    assert [multiple(8, 32, symmetric, 1) for symmetric in (False, True)] == [60, 38]
+    assert [multiple(8, 32, symmetric, 2) for symmetric in (False, True)] == [70, 47]
+    assert newton_schulz_cost(2, 8, 32, 2).flops == 2 * 47 * 8**3
+    assert newton_schulz_cost(2, 8, 8, 2).flops == 2 * 20 * 8**3
+    assert newton_schulz_cost(1, 8, 8, 4).bytes > newton_schulz_cost(1, 8, 8, 2).bytes

@@ -97,9 +97,10 @@ class Muon(torch.optim.Optimizer):
             if found_inf:
                 return
             found_inf = None
-        x = momentum_pass(
-            grads, momentum_buffer, group["momentum"], group["nesterov"], compute_dtype(device), found_inf
-        )
+        dtype = compute_dtype(device)
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            dtype = torch.float16  # eight times as accurate, and nothing leaves its range after the normalization
+        x = momentum_pass(grads, momentum_buffer, group["momentum"], group["nesterov"], dtype, found_inf)
         update_pass(
             params,
             orthogonalize(x, group["ns_steps"]),

@@ -80,3 +80,26 @@ def loss_designs(rows: int, channels: int, vocab: int, itemsize: int = 2) -> dic
         "Liger": Cost(6 * logits + 3 * x + liger_chunks * 4 * weight, 3 * matmul),
         "recomputing": Cost(3 * logits + 4 * x + 4 * weight, 4 * matmul),
     }
+
+
+def newton_schulz_flops(
+    count: int, m: int, n: int, steps: int = 5, *, symmetric: bool = True, restarts: int = -1
+) -> int:
+    """FLOPs of orthogonalizing `count` matrices (m, n), m <= n: in standard form, or with `restarts` of 0 and more in
+    Gram form. A symmetric product counts as a triangle, or as all of it if not `symmetric`."""
+    square, outer = (m**3, m * m * n) if symmetric else (2 * m**3, 2 * m * m * n)
+    full = 2 * m * m * n
+    if restarts < 0:
+        return count * steps * (outer + square + full)
+    spans = restarts + 1
+    return count * (spans * (outer + full) + steps * square + (steps - spans) * 3 * square)
+
+
+def newton_schulz_cost(count: int, m: int, n: int, itemsize: int) -> Cost:
+    """Of the op, in 16 bits inside: the normalization's walks, then what each product reads and writes once."""
+    gram, x = count * m * m * 2, count * m * n * 2
+    walks = 2 * count * m * n * itemsize + x
+    if 2 * n <= 3 * m:
+        return Cost(walks + 5 * ((x + gram) + 2 * gram + (gram + 2 * x)), newton_schulz_flops(count, m, n))
+    products = 3 * ((x + gram) + (gram + 2 * x)) + 5 * 2 * gram + 2 * 3 * 3 * gram
+    return Cost(walks + products, newton_schulz_flops(count, m, n, restarts=2))
