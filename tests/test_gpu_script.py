@@ -22,7 +22,10 @@ pytestmark = [
 
 def gpu_sh(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    variables = {**os.environ, "PATH": path, "OUT": str(out), "OMP_NUM_THREADS": "1", **environment}
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }  # xdist's would be heard
+    variables = {**own, "PATH": path, "OUT": str(out), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(["bash", SCRIPT, *arguments], env=variables, capture_output=True, text=True, timeout=500)
 
 
