@@ -8,10 +8,11 @@ tokens x channels in bfloat16 is read or written, forward and backward, in each 
     norm, residual     2 x 11   2 x 8      2 x 8     eager adds and norms apart; fused, 4 forward and 4 backward
     QK-norm + rotary   120      16         16        eager counted operator by operator on the reference (fp32 halves);
                                                      else 4 + 6 and the gradient of the packed projection (6)
-    relu^2             4 x 10   4 x 5      4 x 1     of the hidden layer: 2 + 2 + 2 + 4 eager; 2 + 3 compiled (the
-                                                     square, its derivative); the kernels read the square once more
-    loss, bytes        303      16         6         of each logit: counted on the reference, whose every operator
-                                                     writes fp32; two sweeps; one
+    relu^2             4 x 10   4 x 5      4 x 5     of the hidden layer: 2 + 2 + 2 + 4 eager; 2 + 3 compiled (the
+                                                     square, its derivative) and for the kernel in place; 1 with
+                                                     --fused-mlp, which reads the square once more
+    loss, bytes        97       16         9         of each logit beside the products: counted on the reference; two
+                                                     sweeps; one, and dw added up over the chunks in fp32
 
 Attention runs at published rates, cuDNN's for all three, since all three call `attend`; --attention flash2 is PyTorch's
 own choice on Hopper. The optimizer is a step's, shared by its micro-batches: fp32 states read and written,
@@ -33,8 +34,9 @@ PEAK = 989.4e12
 ATTENTION_RATES = {"flash2": (298e12, 205e12), "cudnn": (484e12, 352e12)}
 NORM_PASSES = {"eager": 22, "compiled": 16, "vibechat": 16}
 ROTARY_PASSES = {"eager": 120, "compiled": 16, "vibechat": 16}
-HIDDEN_PASSES = {"eager": 10, "compiled": 5, "vibechat": 1}
-LOGIT_BYTES = {"eager": 303, "compiled": 16, "vibechat": 6}
+HIDDEN_PASSES = {"eager": 10, "compiled": 5, "vibechat": 5}
+HIDDEN_PASSES_FUSED = 1
+LOGIT_BYTES = {"eager": 97, "compiled": 16, "vibechat": 9}
 
 
 class Ceilings(NamedTuple):
@@ -73,6 +75,7 @@ def predict(
     attention: str = "cudnn",
     micro_batches: int = 16,
     matmul_share: float = 1.0,
+    fused_mlp: bool = False,
 ) -> Prediction:
     """Predict a micro-step.
 
@@ -84,6 +87,7 @@ def predict(
         attention: "cudnn" or "flash2".
         micro_batches: that share one optimizer step.
         matmul_share: of the large matmul's rate that the model's own matmuls reach.
+        fused_mlp: whether vibechat's MLP is the fused matmul, which a measurement has to ask for, at that same rate.
     """
     limits = ceilings or Ceilings()
     C, V, L, T = config.n_embd, config.vocab_size, config.n_layer, config.sequence_len
@@ -92,6 +96,7 @@ def predict(
     one_pass = 2 * N * C / bandwidth
     forward, backward = ATTENTION_RATES[attention]
     attention_flops = 4 * N * T * C * L / 2  # causal, forward
+    hidden_passes = HIDDEN_PASSES_FUSED if fused_mlp and form == "vibechat" else HIDDEN_PASSES[form]
     matrices = 12 * C * C * L
     casts = (6 + (24 if form == "eager" else 10) * micro_batches) * (matrices + V * C) / micro_batches
     newton_schulz = 5 * L * (4 * 4 * C**3 + 2 * 2 * C * C * (8 * C + C))  # of (m, n): 2 m (2 m n + m m) a step
@@ -102,7 +107,7 @@ def predict(
         "matmul lm_head": 6 * N * V * C / rate,
         "attention": attention_flops / forward + 2.5 * attention_flops / backward,
         "norms and rope": L * (NORM_PASSES[form] + ROTARY_PASSES[form]) * one_pass,
-        "activation": L * 4 * HIDDEN_PASSES[form] * one_pass,
+        "activation": L * 4 * hidden_passes * one_pass,
         "loss": LOGIT_BYTES[form] * N * V / bandwidth,
         "embedding": 8 * one_pass,
         "casts and sums of weights": casts / bandwidth,
@@ -131,6 +136,7 @@ def lines_of(depth: int, ceilings: Ceilings, args: argparse.Namespace) -> list[s
             attention=args.attention,
             micro_batches=steps,
             matmul_share=args.matmul_share,
+            fused_mlp=args.fused_mlp,
         )
         for form in FORMS
     }
@@ -158,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--matmul-share", type=float, default=0.9, help="of the large matmul's rate, for the model's own"
     )
+    parser.add_argument("--fused-mlp", action="store_true", help="vibechat's MLP as the fused matmul")
     args = parser.parse_args(argv)
     ceilings = read_ceilings(args.ceilings) if args.ceilings else Ceilings()
     print(
