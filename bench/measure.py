@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -139,6 +140,13 @@ def results_directory(device: torch.device) -> Path:
     return directory
 
 
+def command_line() -> str:
+    """What was typed to run this program, without the place where it lies."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+    return shlex.join(["python", *program.split(), *sys.argv[1:]])
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a number needs beside it: commit, command, device, versions, time."""
     try:
@@ -153,7 +161,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "commit": os.environ.get("COMMIT") or described.stdout.strip() or "unknown",
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "torch": torch.__version__,
         "triton": triton_version,
         "cuda": torch.version.cuda,

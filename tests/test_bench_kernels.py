@@ -3,14 +3,25 @@
 import json
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from bench import ceilings, report, step_profile, tune
 from bench.cases import IMPLEMENTATIONS, PASSES, Case, all_cases, calls_of, cost_of
-from bench.measure import Ceilings, ResultFile, Timing, provenance, results_directory, summarize, time_calls
+from bench.measure import (
+    Ceilings,
+    ResultFile,
+    Timing,
+    command_line,
+    provenance,
+    results_directory,
+    summarize,
+    time_calls,
+)
 from bench.ops import OPS
 from bench.shapes import MODELS, Model, Shape, Source
 from vibechat.kernels import tuning
@@ -91,6 +102,17 @@ def test_a_number_says_where_it_comes_from() -> None:
     said = provenance(CPU)
     assert {"device", "commit", "command", "torch", "triton", "python", "time"} <= said.keys()
     assert said["torch"] == torch.__version__
+
+
+def test_a_command_is_what_was_typed_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench/mfu.py", "--depth", "4", "two words"])
+    assert command_line() == "python mfu.py --depth 4 'two words'"
+    program.__spec__ = ModuleSpec("bench.mfu", None)
+    assert command_line() == "python -m bench.mfu --depth 4 'two words'"
+    program.__spec__ = ModuleSpec("pytest.__main__", None)
+    assert command_line().startswith("python -m pytest --depth")
 
 
 def test_out_is_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
