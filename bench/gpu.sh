@@ -4,7 +4,8 @@
 #   check    ceilings, cuBLAS at the models' shapes, then `pytest -m gpu`
 #   kernels  the best configuration of each kernel and whether `auto` may take it, then the benchmark suite; of these
 #            ops alone, if some are named
-#   mfu      real training steps: eager, compiled and with kernels, each with a profile by op; attention, way by way
+#   mfu      real training steps: eager, compiled and with kernels, each with a waterfall and its longest kernels by
+#            name; attention, way by way
 #
 # The most valuable rows come first and every row is written when it is measured, so a part that is cut off leaves what
 # it had. Results go to $OUT (default bench/results/gpu): at most eight files a part. $MINUTES (8.5) is the time that a
@@ -60,9 +61,8 @@ kernels)
     ;;
 mfu)
     step mfu 70 "$python" -m bench.mfu --depth "${DEPTH:-26}" --kernels "${KERNELS:-triton}" --minutes 4.5 \
-        --only vibechat eager compiled fp8
-    step attention 30 "$python" -m bench.attention
-    step profile 100 "$python" -m bench.step_profile --depth "${DEPTH:-26}"
+        --kernels-by-name 15 --only vibechat eager compiled fp8
+    step attention 100 "$python" -m bench.attention
     ;;
 esac
 rm -rf "$OUT/.base"

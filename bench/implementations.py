@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import plain_gpt
-from bench.waterfall import STEP, Shapes, TraceClock, read_trace, waterfall
+from bench.waterfall import STEP, Shapes, TraceClock, kernels_by_name, read_trace, timeline, waterfall
 from vibechat.common import UserError, compile_obstacle, compute_dtype, keep_freed_memory, peak_flops
 from vibechat.fp8 import fp8_obstacle
 from vibechat.gpt import GPT
@@ -43,8 +43,8 @@ class Work(Protocol):
     def steps(self, count: int) -> dict[str, Any]:
         """Take so many steps; "seconds" are those of one."""
 
-    def waterfall(self) -> dict[str, float]:
-        """Seconds by category of one step."""
+    def waterfall(self) -> dict[str, Any]:
+        """Where one step went: "waterfall", seconds by category, and "kernels_by_name", its longest kernels."""
 
 
 def synthetic_batches(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -93,6 +93,7 @@ class TrainerWork:
             raise UserError(f"fp8: {obstacle}; leave it out of --only")
         model.set_fp8(fp8)
         self.shapes = Shapes.of(run.model_config, args.micro_batch)
+        self.most_kernels: int = args.kernels_by_name
         if compile:
             if obstacle := compile_obstacle(device):
                 raise UserError(f"torch.compile cannot be used here: {obstacle}")
@@ -151,7 +152,7 @@ class TrainerWork:
             "memory_bytes": peak_memory_bytes(self.device),
         }
 
-    def waterfall(self) -> dict[str, float]:
+    def waterfall(self) -> dict[str, Any]:
         """One step under the profiler, from a device at rest until it rests again."""
         on_gpu = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -163,7 +164,8 @@ class TrainerWork:
                 if on_gpu:
                     torch.cuda.synchronize(self.device)
             profiler.export_chrome_trace(str(path))
-            return waterfall(read_trace(path), self.shapes)
+            parts = timeline(read_trace(path), self.shapes)
+        return {"waterfall": waterfall(parts), "kernels_by_name": kernels_by_name(parts, self.most_kernels)}
 
 
 class PlainWork:
@@ -190,7 +192,7 @@ class PlainWork:
         one = statistics.median(seconds) * self._micro_batches
         return {"seconds": one, "memory_bytes": peak_memory_bytes(self._device)}
 
-    def waterfall(self) -> dict[str, float]:
+    def waterfall(self) -> dict[str, Any]:
         """It has none."""
         return {}
 
@@ -269,8 +271,8 @@ class Worker:
         """Timed steps."""
         return self._ask(str(count))
 
-    def waterfall(self) -> dict[str, float]:
-        """One step by category."""
+    def waterfall(self) -> dict[str, Any]:
+        """Where one step went, as Work has it."""
         return self._ask("waterfall")
 
     def close(self) -> None:

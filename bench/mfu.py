@@ -13,7 +13,8 @@ A ratio is the median over rounds of (the other's seconds / ours in the same rou
 
 MFU = FLOPs a token x tokens a second / peak. The peak is the data sheet's dense bf16 rate where the device is known,
 else what a 4096-cubed matmul in the compute dtype reaches in the same process. `mfu` counts causal attention, `mfu
-full` all T x T of it, as nanochat does. The waterfall (bench/waterfall.py) is one more step, under the profiler.
+full` all T x T of it, as nanochat does. The waterfall (bench/waterfall.py) is one more step, under the profiler;
+`--kernels-by-name N` adds its N longest kernels.
 
 `--check` holds the run against bench/baselines/<device>.json and exits 1 below it (bench/baseline.py);
 `--write-baseline --who NAME --why TEXT` changes that file; both take a run that was measured elsewhere with --recorded
@@ -34,7 +35,7 @@ import torch
 from bench import baseline
 from bench.implementations import DidNotFit, Worker, serve
 from bench.measure import provenance, results_directory
-from bench.waterfall import waterfall_lines
+from bench.waterfall import kernel_lines, waterfall_lines
 from vibechat.common import UserError, autodetect_device_type
 from vibechat.gpt import GPTConfig
 from vibechat.memory_plan import FORMS, largest_planned
@@ -42,7 +43,7 @@ from vibechat.scaling import model_config
 
 CPU_BAR = 1.3  # vibechat's whole step against the forward + backward of plain
 IMPLEMENTATIONS = ("plain", "eager", "compiled", "vibechat", "fp8")
-Runs = dict[tuple[str, int], dict[str, Any]]  # (implementation, micro-batch) -> facts, rounds, waterfall
+Runs = dict[tuple[str, int], dict[str, Any]]  # (implementation, micro-batch) -> facts, rounds, where a step goes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ class Benchmark:
                 self.runs[name, size] = {"facts": worker.facts, "rounds": rounds[name], "waterfall": {}}
                 self.write()
                 if args.waterfall:
-                    self.runs[name, size]["waterfall"] = worker.waterfall()
+                    self.runs[name, size].update(worker.waterfall())
                     self.write()
         return did_not_fit
 
@@ -227,7 +228,7 @@ def print_run(run: dict[str, Any]) -> None:
     for one in run["runs"]:
         if one["waterfall"]:
             print(f"\n{one['implementation']}, {one['micro_batch']} rows: where a step goes")
-            print("\n".join(waterfall_lines(one["waterfall"])))
+            print("\n".join([*waterfall_lines(one["waterfall"]), *kernel_lines(one.get("kernels_by_name", ()))]))
     facts = next((one["facts"] for one in run["runs"] if "peak_flops" in one["facts"]), None)
     if facts:
         print(f"\nMFU is of {facts['peak_flops'] / 1e12:.4g} TFLOP/s in {facts['dtype']}: {facts['peak_is']}")
@@ -272,6 +273,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1 if gpu else 3, help="steps before the first that is timed")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after so many")
     parser.add_argument("--waterfall", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--kernels-by-name", type=int, default=0, metavar="N", help="list the N longest kernels under each waterfall"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 if the run is below its baseline")
     parser.add_argument("--write-baseline", action="store_true", help="make the run the baseline of this machine")
     parser.add_argument("--who", default="", help="who changes the baseline")
@@ -288,6 +292,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         parser.error("--total-batch-size must be a multiple of --max-seq-len x --device-batch-size")
     if min(args.rounds, args.steps, args.warmup) < 1:
         parser.error("--rounds, --steps and --warmup must be at least 1")
+    if args.kernels_by_name < 0 or (args.kernels_by_name and not args.waterfall):
+        parser.error("--kernels-by-name must be 0 or a number of kernels, and needs the waterfall")
     return args
 
 

@@ -6,15 +6,16 @@ a batch, else a gap: Python, autograd, launches. So the sum is the step, whateve
 
 A matmul's family follows from its shape, an op of ours from its name, a fused kernel of Inductor from the operators
 in its name, and an eager operator from the shapes that it works on; what is none of these is "other kernels".
+`kernels_by_name` takes the same time line apart by the names of what ran.
 `TraceClock` makes the trace carry the phases of a step, and `read_trace` takes torch.profiler's Chrome trace, so that a
 recorded run can be read again anywhere.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import record_function
@@ -224,11 +225,16 @@ def _phase_at(phases: list[tuple[float, float, str]], time: float) -> str:
     return next((name for start, stop, name in phases if start <= time < stop), "other")
 
 
-def waterfall(events: list[Event], shapes: Shapes) -> dict[str, float]:
-    """Seconds of a step by category, in the order of CATEGORIES; they add up to the step's own seconds.
+class Part(NamedTuple):
+    """What one kernel or operator has of the step's time line; without a name, what none has."""
 
-    Raises ValueError if the trace holds no step.
-    """
+    name: str
+    category: str
+    seconds: float
+
+
+def timeline(events: list[Event], shapes: Shapes) -> list[Part]:
+    """The parts of a step, which add up to the step's own seconds. Raises ValueError if the trace holds no step."""
     step = next((event for event in events if event.name == STEP and event.kind == "user_annotation"), None)
     if step is None:
         raise ValueError("the trace holds no step: run it under record_function(waterfall.STEP)")
@@ -236,43 +242,59 @@ def waterfall(events: list[Event], shapes: Shapes) -> dict[str, float]:
     inside = [e for e in events if not e.kind.startswith("gpu_") and e.kind != "kernel"]
     inside = nest(e for e in inside if e.start < step.stop and e.stop > step.start)
     phases = _phases([event for event in inside if event.name.startswith(PHASE)], step.start)
-    totals = dict.fromkeys(CATEGORIES, 0.0)
     if on_gpu:
-        _add_kernels(totals, on_gpu, inside, step, phases, shapes)
+        found = _kernels(on_gpu, inside, step, phases, shapes)
     else:
-        _add_operators(totals, [e for e in inside if e.thread == step.thread], phases, shapes)
-    totals[GAPS] += (step.stop - step.start) - sum(totals.values())
-    return {name: microseconds / 1e6 for name, microseconds in totals.items()}
+        found = _operators([e for e in inside if e.thread == step.thread], phases, shapes)
+    parts = [Part(name, category, microseconds / 1e6) for name, category, microseconds in found]
+    return [*parts, Part("", GAPS, (step.stop - step.start) / 1e6 - sum(part.seconds for part in parts))]
 
 
-def _add_operators(
-    totals: dict[str, float], events: list[Event], phases: list[tuple[float, float, str]], shapes: Shapes
-) -> None:
-    """On a CPU: each operator's own time, without that of the operators inside it."""
+def waterfall(parts: Iterable[Part]) -> dict[str, float]:
+    """Seconds of a step by category, in the order of CATEGORIES."""
+    totals = dict.fromkeys(CATEGORIES, 0.0)
+    for part in parts:
+        totals[part.category] += part.seconds
+    return totals
+
+
+def kernels_by_name(parts: Iterable[Part], most: int) -> list[dict[str, Any]]:
+    """The longest kernels (on a CPU operators, each without those inside it), what has the same name and category
+    together: name, category, calls and seconds."""
+    totals: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, category, seconds in parts:
+        if name and category != GAPS:
+            fresh = {"name": name, "category": category, "calls": 0, "seconds": 0.0}
+            row = totals.setdefault((name, category), fresh)
+            row["calls"] += 1
+            row["seconds"] += seconds
+    return sorted(totals.values(), key=lambda row: -row["seconds"])[:most]
+
+
+def _operators(
+    events: list[Event], phases: list[tuple[float, float, str]], shapes: Shapes
+) -> Iterator[tuple[str, str, float]]:
+    """On a CPU: (name, category, microseconds) of each operator, without those of the operators inside it."""
     own = {id(event): event.stop - event.start for event in events}
     for event in events:
         if event.parent is not None and id(event.parent) in own:
             own[id(event.parent)] -= event.stop - event.start
+    waited = 0.0
     for event in events:
         if event.kind == "user_annotation":
             continue
         phase = _phase_at(phases, event.start)
-        name = {"data": WAIT, "optimizer": "optimizer"}.get(phase) or category(event, shapes)
-        totals[name] += own[id(event)]
-    for start, stop, phase in phases:  # the loader is plain Python: what no operator took of its phase
-        if phase == "data":
-            totals[WAIT] = stop - start
+        found = {"data": WAIT, "optimizer": "optimizer"}.get(phase) or category(event, shapes)
+        waited += own[id(event)] if found == WAIT else 0.0
+        yield event.name, found, own[id(event)]
+    in_data = sum(stop - start for start, stop, phase in phases if phase == "data")
+    yield "", WAIT, in_data - waited  # the loader is plain Python: what no operator took of its phase
 
 
-def _add_kernels(
-    totals: dict[str, float],
-    kernels: list[Event],
-    host: list[Event],
-    step: Event,
-    phases: list[tuple[float, float, str]],
-    shapes: Shapes,
-) -> None:
-    """On a GPU: the time of each kernel, what overlaps counted once; idle time while the host fetched data."""
+def _kernels(
+    kernels: list[Event], host: list[Event], step: Event, phases: list[tuple[float, float, str]], shapes: Shapes
+) -> Iterator[tuple[str, str, float]]:
+    """On a GPU: each kernel, what overlaps counted once; idle time while the host fetched data."""
     launchers: dict[int, Event] = {}
     for event in host:
         if event.link is not None and event.kind == "cpu_op":
@@ -289,14 +311,13 @@ def _add_kernels(
         launcher = launchers.get(kernel.link) if kernel.link is not None else None
         kernel.parent = launcher
         if launcher is not None and _phase_at(phases, launcher.start) == "optimizer":
-            name = "optimizer"
+            yield kernel.name, "optimizer", stop - start
         else:
-            name = _of_kernel(kernel, shapes)
-        totals[name] += stop - start
+            yield kernel.name, _of_kernel(kernel, shapes), stop - start
     idle.append((clock, step.stop))
     for start, stop, phase in phases:
         if phase == "data":
-            totals[WAIT] += sum(max(0.0, min(stop, b) - max(start, a)) for a, b in idle)
+            yield "", WAIT, sum(max(0.0, min(stop, b) - max(start, a)) for a, b in idle)
 
 
 def _of_kernel(kernel: Event, shapes: Shapes) -> str:
@@ -322,3 +343,10 @@ def waterfall_lines(parts: dict[str, float]) -> list[str]:
         if seconds or name in (WAIT, GAPS)
     ]
     return [*lines, f"  {'the step, profiled':<26}{1e3 * total:>10.2f} ms"]
+
+
+def kernel_lines(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Kernels by name as text."""
+    return [
+        f"  {1e3 * row['seconds']:>9.3f} ms {row['calls']:>5}x  {row['category']:<26}{row['name'][:90]}" for row in rows
+    ]

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from bench import ceilings, report, step_profile, tune
+from bench import ceilings, report, tune
 from bench.cases import IMPLEMENTATIONS, PASSES, Case, all_cases, calls_of, cost_of
 from bench.measure import (
     Ceilings,
@@ -194,23 +194,13 @@ def test_the_matmuls_are_the_model_s() -> None:
     assert by_name["d12 down dw"][1:] == (768, 4 * 768, 32_768)
 
 
-def test_profile_of_a_step_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path))
-    small = ["--depth", "1", "--length", "16", "--batch", "1", "--vocab", "64", "--steps", "1", "--warmup", "1"]
-    monkeypatch.setattr(step_profile, "measure_matmul_flops", lambda device, dtype: 1e12)
-    assert step_profile.main([*small, "--forms", "eager"]) == 0
-    (form,) = json.loads((tmp_path / "profile.json").read_text())["forms"]
-    assert form["seconds"] > 0
-    assert form["profile"][0]["seconds"] >= form["profile"][-1]["seconds"] > 0
-
-
 def test_benches_and_the_core_need_no_command_line_library_and_no_extension() -> None:
     """The machine with the GPU has torch, triton and pytest, and little else."""
     code = """
 import sys, torch
 for name in ("tyro", "rich", "vibechat._rustbpe", "liger_kernel", "pyarrow", "tokenizers", "matplotlib"):
     sys.modules[name] = None
-import bench.cases, bench.ceilings, bench.ops, bench.mfu, bench.report, bench.step_profile, bench.tune
+import bench.cases, bench.ceilings, bench.ops, bench.mfu, bench.report, bench.tune
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

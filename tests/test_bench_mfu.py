@@ -38,8 +38,10 @@ class Recorded:
         larger = {1: 1.5, 2: 1.0, 4: 0.8}.get(self.micro_batch, 1.0)  # of the time that two rows at a time take
         return {"seconds": larger * next(self._rounds), "memory_bytes": self.micro_batch * 2**30}
 
-    def waterfall(self) -> dict[str, float]:
-        return {"matmul mlp": 0.75, "data wait": 0.0, "host gaps": 0.25}
+    def waterfall(self) -> dict[str, Any]:
+        longest = {"name": "nvjet_hsh", "category": "matmul mlp", "calls": 3, "seconds": 0.5}
+        parts = {"matmul mlp": 0.75, "data wait": 0.0, "host gaps": 0.25}
+        return {"waterfall": parts, "kernels_by_name": [longest]}
 
     def close(self) -> None:
         pass
@@ -75,6 +77,7 @@ def test_ratios_are_medians_over_rounds(run: Callable[..., Any]) -> None:
     assert row["mfu"] == pytest.approx(32 / 1.6 * 100 / 64_000)
     assert row["mfu_full"] == pytest.approx(2 * row["mfu"])
     assert "75.0%" in output  # of the waterfall
+    assert "500.000 ms     3x  matmul mlp                nvjet_hsh" in output
     assert "0.064 TFLOP/s in float32: as recorded" not in output
     assert "6.4e-08 TFLOP/s in float32: as recorded" in output
 
@@ -121,6 +124,7 @@ def test_a_real_run_gives_valid_json_whose_waterfalls_add_up(
 ) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
     flags = ["--rounds", "2", "--steps", "1", "--warmup", "1", "--only", "eager", "--json"]
+    flags += ["--kernels-by-name", "5"]
     assert mfu.main([*TINY, *flags]) == 0
     content = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert content == json.loads((tmp_path / "mfu.json").read_text())
@@ -133,6 +137,10 @@ def test_a_real_run_gives_valid_json_whose_waterfalls_add_up(
     parts = one["waterfall"]
     assert tuple(parts) == CATEGORIES
     assert parts["matmul mlp"] > 0 < parts["optimizer"]
+    longest = [row["seconds"] for row in one["kernels_by_name"]]
+    assert len(longest) == 5
+    assert longest == sorted(longest, reverse=True)
+    assert longest[-1] > 0
     assert 0 < content["rows"]["eager"]["mfu"] < content["rows"]["eager"]["mfu_full"]
     assert content["machine"]["threads"] == torch.get_num_threads()
     assert content["environment"]["commit"]
@@ -199,6 +207,8 @@ def test_a_failing_worker_is_one_line(capsys: pytest.CaptureFixture[str], monkey
         (["--device-batch-size", "0"], "multiple of --max-seq-len x --device-batch-size"),
         (["--device-batch-size", "many"], "auto or a number of rows"),
         (["--rounds", "0"], "at least 1"),
+        (["--kernels-by-name", "-1"], "0 or a number of kernels"),
+        (["--kernels-by-name", "9", "--no-waterfall"], "needs the waterfall"),
     ],
 )
 def test_flags_that_make_no_run(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,11 +17,15 @@ from bench.waterfall import (
     STEP,
     WAIT,
     Event,
+    Part,
     Shapes,
     TraceClock,
     category,
+    kernel_lines,
+    kernels_by_name,
     matmul_family,
     read_trace,
+    timeline,
     waterfall,
     waterfall_lines,
 )
@@ -64,7 +68,7 @@ def nested(draw: st.DrawFn, begin: float = 0, end: float = 1000, depth: int = 0)
 def test_operators_add_up_to_the_step(operators: list[Event], marks: list[float]) -> None:
     names = ("data", "forward+backward", "optimizer", "other")
     operators = [one for one in operators if one.start >= marks[0]]  # no operator reaches over the end of the loader
-    parts = waterfall(step(1000, *operators, phases=tuple(zip(names, marks, strict=True))), SHAPES)
+    parts = waterfall(timeline(step(1000, *operators, phases=tuple(zip(names, marks, strict=True))), SHAPES))
     assert tuple(parts) == CATEGORIES
     assert sum(parts.values()) == pytest.approx(1000e-6)
     assert all(seconds >= -1e-12 for seconds in parts.values())
@@ -85,14 +89,14 @@ def test_kernels_add_up_to_the_step(on_device: list[Event], marks: list[float]) 
     """Also where streams overlap, and where a kernel began before the step or ends after it."""
     host = [event("aten::mm", 5, 6, sizes=[[96, 128], [128, 512]], link=1), event("aten::mul", 900, 901, link=2)]
     names = ("data", "forward+backward", "optimizer", "other")
-    parts = waterfall(step(1000, *host, *on_device, phases=tuple(zip(names, marks, strict=True))), SHAPES)
+    parts = waterfall(timeline(step(1000, *host, *on_device, phases=tuple(zip(names, marks, strict=True))), SHAPES))
     assert sum(parts.values()) == pytest.approx(1000e-6)
     assert all(seconds >= -1e-12 for seconds in parts.values())
 
 
 def test_without_a_step_there_is_no_waterfall() -> None:
     with pytest.raises(ValueError, match="holds no step"):
-        waterfall([event("aten::mm", 0, 1)], SHAPES)
+        timeline([event("aten::mm", 0, 1)], SHAPES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ def test_without_a_step_there_is_no_waterfall() -> None:
 
 
 def test_what_is_inside_another_counts_once_and_the_rest_is_the_hosts() -> None:
-    parts = waterfall(
+    line = timeline(
         step(
             100,
             event("aten::linear", 10, 50, sizes=[[96, 128], [384, 128]]),
@@ -110,6 +114,9 @@ def test_what_is_inside_another_counts_once_and_the_rest_is_the_hosts() -> None:
         ),
         SHAPES,
     )
+    parts = waterfall(line)
+    named = {row["name"]: round(row["seconds"] * 1e6) for row in kernels_by_name(line, 10)}
+    assert named == {"aten::mm": 30, "aten::_fused_adamw_": 20, "aten::linear": 10}
     micro = {name: round(seconds * 1e6) for name, seconds in parts.items() if seconds}
     assert micro.pop("matmul qkv+o") == 30
     assert micro.pop("optimizer") == 20
@@ -192,7 +199,7 @@ def test_a_real_step_on_this_machine(tmp_path: Path) -> None:
         train_step.clock.mark("data")
         train_step([(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())])
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-    parts = waterfall(read_trace(tmp_path / "trace.json"), Shapes.of(model.config, 2))
+    parts = waterfall(timeline(read_trace(tmp_path / "trace.json"), Shapes.of(model.config, 2)))
     assert set(train_step.clock.seconds) == {"data", "forward+backward", "optimizer"}
     missing = [name for name, seconds in parts.items() if seconds <= 0 and name != OTHER]
     assert not missing
@@ -237,8 +244,8 @@ def recorded_on_a_gpu(path: Path) -> Path:
 
 
 def test_a_trace_of_a_gpu(tmp_path: Path) -> None:
-    parts = waterfall(read_trace(recorded_on_a_gpu(tmp_path / "trace.json")), SHAPES)
-    micro = {name: round(seconds * 1e6) for name, seconds in parts.items() if seconds > 1e-9}
+    line = timeline(read_trace(recorded_on_a_gpu(tmp_path / "trace.json")), SHAPES)
+    micro = {name: round(seconds * 1e6) for name, seconds in waterfall(line).items() if seconds > 1e-9}
     assert micro == {
         "matmul mlp": 20,
         "norms and rope": 6,
@@ -248,3 +255,26 @@ def test_a_trace_of_a_gpu(tmp_path: Path) -> None:
         WAIT: 10,  # the device is idle for 20, and the loader had the host for the first ten of them
         GAPS: 27,
     }
+    rows = kernels_by_name(line, 3)
+    assert [(row["name"], row["category"], round(row["seconds"] * 1e6)) for row in rows] == [
+        ("nvjet_tst_128x256", "matmul mlp", 20),
+        ("multi_tensor_apply_kernel", "optimizer", 15),
+        ("_matmul_kernel", "matmul lm_head", 12),
+    ]
+
+
+def test_kernels_of_one_name_are_one_row_in_each_category() -> None:
+    """And what no kernel has, the waits and the gaps, is none of them."""
+    line = [
+        Part("gemm", "matmul mlp", 2e-3),
+        Part("", WAIT, 9.0),
+        Part("gemm", "matmul qkv+o", 4e-3),
+        Part("gemm", "matmul mlp", 3e-3),
+        Part("autograd::engine", GAPS, 8.0),
+        Part("", GAPS, 9.0),
+        Part("sum", "loss", 1e-3),
+    ]
+    rows = kernels_by_name(line, 2)
+    assert [tuple(row.values()) for row in rows] == [("gemm", "matmul mlp", 2, 5e-3), ("gemm", "matmul qkv+o", 1, 4e-3)]
+    assert kernel_lines(rows)[0].split() == ["5.000", "ms", "2x", "matmul", "mlp", "gemm"]
+    assert kernels_by_name(line, 0) == []
