@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.models import fill_projections
 from vibechat import fp8
 from vibechat.fp8 import E4M3, E5M2, fp8_linear, fp8_obstacle, fp8_relu2_mlp, quantize
 from vibechat.gpt import GPT, GPTConfig
@@ -158,9 +159,7 @@ def model(*, on: bool) -> GPT:
     torch.manual_seed(0)
     made = GPT(CONFIG)
     made.init_weights()
-    for block in made.blocks():  # zero weights hide what is behind them
-        for linear in (block.attn.c_proj, block.mlp.c_proj):
-            torch.nn.init.normal_(linear.weight, std=0.1)
+    fill_projections(made, 0.1)
     made.set_compute_dtype(torch.bfloat16)
     made.set_fp8(on)
     return made

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.models import fill_projections
 from vibechat.gpt import GPT, GPTConfig
 from vibechat.train_step import MicroBatch, TrainStep
 from vibechat.trainer import Hooks, Rates, Trainer
@@ -30,9 +31,7 @@ def make_step(*, checkpointing: bool = False, **kwargs: Any) -> tuple[GPT, Train
     torch.manual_seed(0)
     model = GPT(CONFIG)
     model.init_weights()
-    for block in model.blocks():  # at initialization both are zero, and half of the gradients with them
-        torch.nn.init.normal_(block.attn.c_proj.weight, std=0.1)
-        torch.nn.init.normal_(block.mlp.c_proj.weight, std=0.1)
+    fill_projections(model, 0.1)
     model.activation_checkpointing = checkpointing
     return model, TrainStep(model, model.setup_optimizers(), **kwargs)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.models import fill_projections
 from vibechat.gpt import GPT, GPTConfig
 from vibechat.train_step import MicroBatch, TrainStep
 from vibechat.working_weights import WorkingWeights
@@ -31,9 +32,7 @@ def make(*, compile: bool = False) -> tuple[GPT, TrainStep]:
     torch.manual_seed(0)
     model = GPT(CONFIG)
     model.init_weights()
-    for block in model.blocks():  # zero weights hide what is behind them
-        for linear in (block.attn.c_proj, block.mlp.c_proj):
-            torch.nn.init.normal_(linear.weight, std=0.2)
+    fill_projections(model, 0.2)
     return model, TrainStep(model, model.setup_optimizers(), compile=compile)
 
 
