@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vibechat.kernels import matmul
-from vibechat.kernels.language import INTERPRETING, device_of, power_of_two, tl, triton, triton_dtype
+from vibechat.kernels.language import INTERPRETING, device_of, power_of_two, tl, triton, triton_dtype, wide_dtype
 from vibechat.kernels.linear_cross_entropy_triton import is_bounded
 from vibechat.kernels.matmul import MatmulConfig
 from vibechat.kernels.tuning import tuned_config
@@ -100,9 +100,9 @@ def launch_fused(
         weights: (R,) row weights.
         losses: (R,), receives the losses.
         scales: (R,), receives the row scales v.
-        softcap: at most 40.
-        ignore_index: as in the public op, like z_loss.
-        z_loss: .
+        softcap: as in the public op, but at most 40.
+        ignore_index: as in the public op.
+        z_loss: as in the public op.
         config: of the matmul.
     """
     partial, raw = launch_factor(x, weight, factor, targets, softcap, config)
@@ -115,7 +115,7 @@ def launch_factor(
     """F without the targets' column, the partial sums (R, pieces) and the targets' raw logits (R,)."""
     (R, D), V = x.shape, weight.size(0)
     config = config or tuned_config("cross_entropy_fused", f"{V}x{D}", CONFIGS, x.device) or DEFAULT_CONFIG
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     partial = torch.empty((R, -(-V // config.piece)), dtype=wide, device=x.device)
     raw = torch.empty(R, dtype=wide, device=x.device)
     extra = targets, partial, raw, softcap

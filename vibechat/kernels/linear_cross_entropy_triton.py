@@ -252,9 +252,9 @@ def launch_rows(
         weights: (R,) row weights, or None where no gradient is wanted.
         losses: (R,), receives the losses.
         extra: (R,), receives the row scales v, or, without weights, the logsumexp.
-        softcap: as in the public op, like ignore_index and z_loss.
-        ignore_index: .
-        z_loss: .
+        softcap: as in the public op.
+        ignore_index: as in the public op.
+        z_loss: as in the public op.
         config: columns at a time and warps.
     """
     kernel = "cross_entropy_rows" if weights is not None else "cross_entropy_rows_only"
