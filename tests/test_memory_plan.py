@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vibechat import attention
 from vibechat.gpt import GPT, GPTConfig
 from vibechat.kernels import OPS
 from vibechat.memory_plan import (
@@ -26,7 +27,7 @@ from vibechat.scaling import model_config
 H200 = 141_000_000_000  # bytes, as sold; torch sees 139.8 GiB of it
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 ACTIVATIONS = "activations kept for the backward"
-TOLERANCE = 0.15  # of the plan's activations against what autograd keeps
+TOLERANCE = 0.02  # of the plan's activations against what autograd keeps
 
 
 def kept_bytes(run: Callable[[GPT, Tensor], Tensor], layers: int, device: str, *, checkpointing: bool = False) -> int:
@@ -53,11 +54,11 @@ def kept_bytes(run: Callable[[GPT, Tensor], Tensor], layers: int, device: str, *
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def of_a_layer(run: Callable[[GPT, Tensor], Tensor], device: str = "cpu", **kwargs: Any) -> int:
-    """What one more layer keeps, its weights in the compute dtype not counted (the plan has a line of its own)."""
-    config = GPTConfig(64, 512, 1, 2, 2, 256)
-    weights = 2 * 12 * config.n_embd**2
-    return kept_bytes(run, 3, device, **kwargs) - kept_bytes(run, 2, device, **kwargs) - weights
+def of_a_layer(run: Callable[[GPT, Tensor], Tensor], device: str = "cpu", *, matrices: int = 12) -> int:
+    """What one more layer keeps, but for its weights in the compute dtype (the plan has a line of its own): so many
+    matrices of C x C, fewer where a kernel casts them itself."""
+    weights = 2 * matrices * GPTConfig(64, 512, 1, 2, 2, 256).n_embd ** 2
+    return kept_bytes(run, 3, device) - kept_bytes(run, 2, device) - weights
 
 
 def planned_of_a_layer(form: str, **kwargs: Any) -> float:
@@ -65,10 +66,11 @@ def planned_of_a_layer(form: str, **kwargs: Any) -> float:
     return plans[1].parts[ACTIVATIONS] - plans[0].parts[ACTIVATIONS]
 
 
-def plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention that keeps what the GPU's does: q, k, v, the output and a number a row."""
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and norms that keep what the GPU's do: q, k, v, the output and a number a row; the input and rstd."""
 
-    class Kept(torch.autograd.Function):
+    class Attention(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             y = torch.empty_like(q)
@@ -79,21 +81,37 @@ def plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return dy, dy, dy
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: Kept.apply(q, k, v))
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            rstd = x.float().square().mean(-1, keepdim=True).rsqrt()
+            ctx.save_for_backward(x, rstd)
+            return (x * rstd).to(x.dtype)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            return dy
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v))
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, eps: Norm.apply(x))
 
 
 def loss_of(model: GPT, ids: Tensor) -> Tensor:
     return model(ids, ids, loss_reduction="sum")
 
 
-def test_eager_keeps_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_attention(monkeypatch)
+def test_eager_keeps_what_is_planned(as_on_a_gpu: None) -> None:
     assert of_a_layer(loss_of) == pytest.approx(planned_of_a_layer("eager"), rel=TOLERANCE)
+
+
+def test_eager_on_a_cpu_keeps_two_values_more() -> None:
+    two = 2 * 16 * 64 * 256 * 2
+    assert of_a_layer(loss_of) == pytest.approx(planned_of_a_layer("eager") + two, rel=TOLERANCE)
 
 
 def test_compiled_keeps_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the partitioner of torch.compile decides to keep, with the graphs run as they are."""
-    plain_attention(monkeypatch)
+    monkeypatch.setattr(attention, "_requested", "sdpa")
 
     def run(model: GPT, ids: Tensor) -> Tensor:
         torch._dynamo.reset()
@@ -123,18 +141,14 @@ def kernels_on_meta(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return taken
 
 
-def test_kernels_keep_what_is_planned(monkeypatch: pytest.MonkeyPatch, kernels_on_meta: set[str]) -> None:
-    plain_attention(monkeypatch)
-    kept = of_a_layer(loss_of, "meta")
-    assert {"rms_norm", "add_rms_norm", "qk_norm_rope"} <= kernels_on_meta
+def test_kernels_keep_what_is_planned(as_on_a_gpu: None, kernels_on_meta: set[str]) -> None:
+    kept = of_a_layer(loss_of, "meta", matrices=4)
+    assert {"rms_norm", "add_rms_norm", "qk_norm_rope", "relu2_mlp"} <= kernels_on_meta
     assert kept == pytest.approx(planned_of_a_layer("vibechat"), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("form", ["eager", "vibechat"])
-def test_checkpointing_keeps_what_is_planned(
-    form: str, monkeypatch: pytest.MonkeyPatch, kernels_on_meta: set[str]
-) -> None:
-    plain_attention(monkeypatch)
+def test_checkpointing_keeps_what_is_planned(form: str, as_on_a_gpu: None, kernels_on_meta: set[str]) -> None:
     kept = kept_bytes(loss_of, 3, "meta", checkpointing=True) - kept_bytes(loss_of, 2, "meta", checkpointing=True)
     assert kept == pytest.approx(planned_of_a_layer(form, checkpointing=True), rel=TOLERANCE)
 
@@ -144,18 +158,16 @@ def test_checkpointing_keeps_what_is_planned(
 
 
 def test_d26_with_32_rows_fits_an_h200_without_checkpointing() -> None:
-    """The claim: with the kernels it fits with room to spare, eager it does not fit at all."""
+    """The claim: with the kernels it fits with room to spare, eager hardly, and not on a GPU of 120 GB."""
     d26 = model_config(26, 2048, 65_536)
-    ours = memory_plan(d26, 32, "vibechat", fused_mlp=True)
-    assert ours.total < SHARE_USABLE * H200
+    ours = memory_plan(d26, 32, "vibechat")
+    assert ours.total < 0.8 * SHARE_USABLE * H200
     assert 85e9 < ours.total < 115e9
-    assert memory_plan(d26, 32, "eager").total > H200
-    assert memory_plan(d26, 16, "eager").total < SHARE_USABLE * H200
+    assert 0.95 * SHARE_USABLE * H200 < memory_plan(d26, 32, "eager").total < SHARE_USABLE * H200
     assert memory_plan(d26, 32, "vibechat", checkpointing=True).total < 0.5 * ours.total
-    sizes = {form: largest_planned(d26, form, 256, CUDA, available=H200) for form in FORMS}
-    assert sizes["eager"] == 16
-    assert largest_planned(d26, "vibechat", 256, CUDA, available=H200, fused_mlp=True) == 32
-    assert values_per_channel("vibechat", fused_mlp=True) == 14
+    sizes = {form: largest_planned(d26, form, 256, CUDA, available=120_000_000_000) for form in FORMS}
+    assert sizes == {"eager": 16, "compiled": 32, "vibechat": 32}
+    assert {form: values_per_channel(form) for form in FORMS} == {"eager": 18, "compiled": 14, "vibechat": 14}
 
 
 def test_a_plan_adds_up_and_says_so() -> None:

@@ -4,14 +4,14 @@ For each token and layer the backward needs these values of C channels, in the c
 
     norms       4   the residual stream and its norm, twice; a norm's fp32 rstd is nothing beside them
     attention   6   the packed projection (3: v is a view of it), q and k rotated (2), the output
-                +4  eager: q and k normed in fp32, before the rotation
-    MLP         8   the hidden layer (4 C wide) after relu and after the square
-                4   with the fused MLP, which keeps the square alone
+                +4  eager: q and k in fp32, which their norm is of
+    MLP         4   the square of the hidden layer (4 C wide), alone
 
 With activation checkpointing a layer keeps its two inputs and one layer at a time has all of the above. The logits are
 never all there: a chunk of rows is, with what the softmax of it needs. Not counted: the context of the driver, the
-allocator's fragments (SHARE_USABLE leaves room for both), and what the optimizer has for a moment when the activations
-are gone.
+allocator's fragments (SHARE_USABLE leaves room for both), what the optimizer has for a moment when the activations are
+gone, and what a CPU keeps beside: in eager 2 values more, as its norms have 16-bit inputs in fp32, and compiled the
+exponentiated scores of short rows.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ import torch
 
 from vibechat.gpt import GPTConfig
 from vibechat.kernels import backend_table
-from vibechat.kernels.backend import triton_refusals
 
 FORMS = ("eager", "compiled", "vibechat")
 LOGITS_BYTES = {"cuda": 512 * 2**20, "cpu": 16 * 2**20}  # of one chunk: linear_cross_entropy's workspace_mb
@@ -46,9 +45,9 @@ class MemoryPlan:
         return "\n".join([*lines, f"  {'memory of a step, as planned':<34} {self.total / 2**30:>8.2f} GiB"])
 
 
-def values_per_channel(form: str, *, fused_mlp: bool) -> int:
+def values_per_channel(form: str) -> int:
     """How many values of each channel a layer keeps for each token, in the compute dtype."""
-    return 4 + (10 if form == "eager" else 6) + (4 if fused_mlp else 8)
+    return 4 + (10 if form == "eager" else 6) + 4
 
 
 def memory_plan(
@@ -57,7 +56,6 @@ def memory_plan(
     form: str = "vibechat",
     *,
     itemsize: int = 2,
-    fused_mlp: bool | None = None,
     checkpointing: bool = False,
     optimizer_bytes: int | None = None,
     device_type: str = "cuda",
@@ -69,20 +67,17 @@ def memory_plan(
         micro_batch: rows.
         form: "eager", "compiled" (torch.compile of the references) or "vibechat" (compiled, with kernels).
         itemsize: bytes of a value of the compute dtype.
-        fused_mlp: whether the MLP's kernel runs; None: in vibechat, if there is one.
         checkpointing: activation checkpointing, a block at a time.
         optimizer_bytes: of the optimizers' states; None: Muon for the matrices, AdamW for the rest.
         device_type: whose chunks of logits.
     """
     if form not in FORMS:
         raise ValueError(f"memory_plan: form {form!r} must be one of {', '.join(FORMS)}")
-    if fused_mlp is None:
-        fused_mlp = form == "vibechat" and "relu2_mlp" in triton_refusals
     C, V, L = config.n_embd, config.vocab_size, config.n_layer
     tokens = micro_batch * config.sequence_len
     kv_channels = config.n_kv_head * config.head_dim
     matrices = L * (2 * C * C + 2 * C * kv_channels + 8 * C * C)
-    a_layer = tokens * C * itemsize * values_per_channel(form, fused_mlp=fused_mlp)
+    a_layer = tokens * C * itemsize * values_per_channel(form)
     activations = 2 * L * tokens * C * itemsize + a_layer if checkpointing else L * a_layer
     if optimizer_bytes is None:
         optimizer_bytes = 4 * (2 * 2 * V * C + matrices)
@@ -103,13 +98,12 @@ def memory_plan(
     )
 
 
-def form_of(*, compiled: bool, device: torch.device, dtype: torch.dtype) -> tuple[str, bool]:
-    """(form, whether the MLP is fused) of a step on a device, from what the kernels' table says."""
+def form_of(*, compiled: bool, device: torch.device, dtype: torch.dtype) -> str:
+    """The form of a step on a device, from what the kernels' table says."""
     chosen = {choice.op: choice.backend for choice in backend_table(device, dtype)}
     if not compiled:
-        return "eager" if chosen["qk_norm_rope"] == "torch" else "vibechat", chosen["relu2_mlp"] == "triton"
-    kernels = any(backend == "triton" for backend in chosen.values())
-    return "vibechat" if kernels else "compiled", chosen["relu2_mlp"] == "triton"
+        return "eager" if chosen["qk_norm_rope"] == "torch" else "vibechat"
+    return "vibechat" if "triton" in chosen.values() else "compiled"
 
 
 def total_bytes(device: torch.device) -> int | None:
@@ -138,7 +132,6 @@ def largest_planned(
     device: torch.device,
     *,
     available: int | None = None,
-    fused_mlp: bool | None = None,
     checkpointing: bool = False,
     optimizer_bytes: int | None = None,
     itemsize: int = 2,
@@ -151,7 +144,7 @@ def largest_planned(
         rows: of a whole step.
         device: where; a CPU takes LARGEST_ON_CPU at most.
         available: bytes for everything, parameters included; None asks the device.
-        fused_mlp, checkpointing, optimizer_bytes, itemsize: see `memory_plan`.
+        checkpointing, optimizer_bytes, itemsize: see `memory_plan`.
     """
     if device.type == "cpu":
         rows = min(rows, LARGEST_ON_CPU)
@@ -163,7 +156,6 @@ def largest_planned(
             size,
             form,
             itemsize=itemsize,
-            fused_mlp=fused_mlp,
             checkpointing=checkpointing,
             optimizer_bytes=optimizer_bytes,
             device_type=device.type,

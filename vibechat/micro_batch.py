@@ -27,13 +27,12 @@ def state_bytes(step: TrainStep) -> int:
 def plan_of(model: GPT, step: TrainStep, rows: int) -> MemoryPlan:
     """The memory plan of a step of this model, as it is compiled and with the kernels that run, at `rows` rows."""
     device = model.get_device()
-    form, fused_mlp = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype)
+    form = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype)
     return memory_plan(
         model.config,
         rows,
         form,
         itemsize=model.compute_dtype.itemsize,
-        fused_mlp=fused_mlp,
         checkpointing=model.activation_checkpointing,
         optimizer_bytes=state_bytes(step),
         device_type=device.type,
@@ -43,7 +42,7 @@ def plan_of(model: GPT, step: TrainStep, rows: int) -> MemoryPlan:
 def predicted_micro_batch(model: GPT, step: TrainStep, rows: int, free: int | None) -> int:
     """The largest power of two of rows, at least 1 and at most `rows`, whose plan `free` more bytes make room for."""
     device = model.get_device()
-    form, fused_mlp = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype)
+    form = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     return largest_planned(
         model.config,
@@ -51,7 +50,6 @@ def predicted_micro_batch(model: GPT, step: TrainStep, rows: int, free: int | No
         rows,
         device,
         available=None if free is None else free + held + state_bytes(step),
-        fused_mlp=fused_mlp,
         checkpointing=model.activation_checkpointing,
         optimizer_bytes=state_bytes(step),
         itemsize=model.compute_dtype.itemsize,
