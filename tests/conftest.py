@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.lab import corpus, forge, lab, whole  # noqa: F401 - one uninterrupted run for all files
+
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("vibechat", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("vibechat")

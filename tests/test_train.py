@@ -1,19 +1,14 @@
-"""The real training program, killed, continued, refused and finished, on a model of a few thousand parameters."""
+"""The real training program, finished and refused, on a model of a few thousand parameters."""
 
 import importlib.util
 import json
 import math
 import os
-import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import threading
-import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.forge import Forge
 from tests.hub_server import HubServer
+from tests.lab import STEPS, Lab, copy_of, flip_last_byte, refusal
 from tests.terminal import Terminal
 from vibechat.base_run import open_wandb
 from vibechat.checkpoint_manager import load_model
@@ -37,117 +32,6 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
     pytest.mark.xdist_group("train"),
 ]
-STEPS = 30
-TINY = {
-    "depth": 1,
-    "max-seq-len": 32,
-    "vocab-size": 300,
-    "total-batch-size": 128,
-    "device-batch-size": 3,  # 4 rows a step: a full micro-batch and a padded one
-    "num-iterations": STEPS,
-    "eval-every": 10,
-    "eval-tokens": 500,
-    "sample-every": -1,
-    "save-every": 3,
-    "keep": 2,
-}
-
-
-@pytest.fixture(scope="module")
-def forge() -> Iterator[Forge]:
-    forge = Forge()
-    yield forge
-    forge.close()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "numbers.jsonl"
-    numbers = random.Random(0)
-    with open(path, "w") as file:
-        for document in range(300):
-            words = " ".join(f"{n} and {n + 1} make {2 * n + 1}." for n in numbers.choices(range(50), k=8))
-            file.write(json.dumps({"text": f"Document {document}: {words}"}) + "\n")
-    return path
-
-
-class Lab:
-    """A base directory, and runs in it."""
-
-    def __init__(self, forge: Forge, corpus: Path, base: Path) -> None:
-        self.forge, self.corpus, self.base = forge, corpus, base
-        base.mkdir(exist_ok=True)
-        self.output = base.parent / f"{base.name}.output"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.base / "base_checkpoints" / "d1"
-
-    def argv(self, **flags: Any) -> list[str]:
-        flags = TINY | {"data": self.corpus, "compile": False} | {k.replace("_", "-"): v for k, v in flags.items()}
-        return [f"--{name}={value}" for name, value in flags.items()]
-
-    def start(self, *argv: str, env: dict[str, str] | None = None, **flags: Any) -> int:
-        env = {"VIBECHAT_BASE_DIR": str(self.base), **(env or {})}
-        return self.forge.start("train", list(argv) or self.argv(**flags), self.output, **env)
-
-    def train(self, *argv: str, **flags: Any) -> tuple[int, str]:
-        """(exit status, what it printed)."""
-        return self.wait(self.start(*argv, **flags))
-
-    def wait(self, pid: int) -> tuple[int, str]:
-        before = getattr(self, "_read", 0)
-        status = self.forge.wait(pid)
-        text = self.output.read_text()
-        self._read = len(text)
-        return status, text[before:]
-
-    def ended(self) -> int:
-        """How many runs have ended by themselves so far, by what they printed last."""
-        text = self.output.read_text() if self.output.exists() else ""
-        return len(re.findall("^report: |^error: |Error: ", text, re.MULTILINE))
-
-    def steps(self) -> list[int]:
-        return sorted(int(p.name[5:]) for p in self.checkpoints.glob("step_*"))
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Of the run of the newest checkpoint (one that is killed before its first is begun anew), or the only one."""
-        pattern = "*"
-        if steps := self.steps():
-            pattern = json.loads((self.checkpoints / f"step_{steps[-1]:06d}" / "meta.json").read_text())["run"]
-        (path,) = (self.base / "runs").glob(f"{pattern}/metrics.jsonl")
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
-    def outcome(self) -> tuple[list[tuple[int, float, float]], list[tuple[int, float]], bytes, bytes]:
-        """Everything that must be the same bits however often a run was interrupted."""
-        rows = self.metrics()
-        last = self.checkpoints / f"step_{STEPS:06d}"
-        return (
-            [(r["step"], r["train/loss"], r["train/grad_norm"]) for r in rows if "train/loss" in r],
-            [(r["step"], r["val/bpb"]) for r in rows if "val/bpb" in r],
-            (last / "model.safetensors").read_bytes(),
-            (last / "optimizer_00000.safetensors").read_bytes(),
-        )
-
-
-@pytest.fixture
-def lab(forge: Forge, corpus: Path, tmp_path: Path) -> Lab:
-    return Lab(forge, corpus, tmp_path / "lab")
-
-
-@pytest.fixture(scope="module")
-def whole(forge: Forge, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """A run that nobody interrupted."""
-    lab = Lab(forge, corpus, tmp_path_factory.mktemp("whole") / "lab")
-    status, lab.printed = lab.train(sample_every=15)  # type: ignore[attr-defined]
-    assert status == 0, lab.printed  # type: ignore[attr-defined]
-    return lab
-
-
-def copy_of(whole: Lab, lab: Lab) -> Lab:
-    shutil.copytree(whole.base, lab.base, dirs_exist_ok=True)
-    return lab
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a run and what it leaves
@@ -176,7 +60,7 @@ def test_a_run_learns_and_leaves_what_it_promised(whole: Lab) -> None:
 
 
 def test_a_run_says_what_it_does(whole: Lab) -> None:
-    printed = whole.printed  # type: ignore[attr-defined]
+    printed = whole.printed
     assert "no tokenizer in" in printed
     assert "training one of 300 tokens" in printed
     assert "4 rows of 32 tokens a step, in 2 micro-batches of 3" in printed
@@ -262,190 +146,7 @@ def test_load_model_refuses_another_tokenizer_and_passes_over_damage(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# interruptions
-
-
-def run_until_done(lab: Lab, whole: Lab, interrupt: Any, most: int = 60) -> int:
-    """Start, interrupt and continue until a run ends by itself; returns how many were killed."""
-    for kills in range(most):
-        pid = lab.start(resume="auto")
-        interrupt(pid, kills)
-        status, printed = lab.wait(pid)
-        if status == 0:
-            assert lab.outcome() == whole.outcome()
-            return kills
-        assert status == -signal.SIGKILL, printed
-    pytest.fail("never came to an end")
-
-
-def test_kills_at_random_instants_change_no_bit(lab: Lab, whole: Lab) -> None:
-    """Whatever they hit (set-up, a step, an evaluation, a save), the outcome is the same."""
-    moments = random.Random(1)
-
-    def interrupt(pid: int, kills: int) -> None:
-        if kills < 8:
-            if kills != 4:  # that one dies while it is being set up
-                wait_for_steps(lab, min(29, max(lab.steps(), default=0) + moments.randrange(1, 6)))
-            time.sleep(moments.uniform(0.0, 0.03))
-            os.kill(pid, signal.SIGKILL)
-
-    assert run_until_done(lab, whole, interrupt) >= 3
-
-
-def test_kills_in_the_middle_of_a_save_change_no_bit(lab: Lab, whole: Lab) -> None:
-    caught = 0
-
-    def interrupt(pid: int, kills: int) -> None:
-        nonlocal caught
-        names = ("model.safetensors", "optimizer_00000.safetensors", "meta.json", "manifest.json", ".", ".")
-        ended = lab.ended()
-        while kills < len(names) and lab.ended() == ended:
-            if any((found / names[kills]).exists() for found in lab.checkpoints.glob(".tmp-*")):
-                os.kill(pid, signal.SIGKILL)
-                caught += bool(list(lab.checkpoints.glob(".tmp-*")))
-                return
-
-    run_until_done(lab, whole, interrupt)
-    assert caught >= 1  # killed before the rename
-    assert not list(lab.checkpoints.glob(".tmp-*"))
-
-
-def wait_for_steps(lab: Lab, count: int) -> None:
-    """Until a run has reported `count` steps, or has ended, well or badly."""
-    ended = lab.ended()
-    while max((path.read_text().count("\n") for path in lab.base.glob("runs/*/metrics.jsonl")), default=0) < count:
-        if lab.ended() > ended:
-            return
-        time.sleep(0.005)
-
-
-def test_a_start_that_was_killed_at_once_is_begun_anew(lab: Lab, whole: Lab) -> None:
-    pid = lab.start(resume="auto", save_every=-1)
-    wait_for_steps(lab, 2)
-    os.kill(pid, signal.SIGKILL)
-    assert lab.wait(pid)[0] == -signal.SIGKILL
-    assert lab.train(resume="auto")[0] == 0
-    assert lab.outcome() == whole.outcome()
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_can_be_continued(lab: Lab, whole: Lab, number: int, status: int) -> None:
-    pid = lab.start(save_every=-1)
-    wait_for_steps(lab, 3)
-    os.kill(pid, number)
-    found, printed = lab.wait(pid)
-    assert found == status, printed
-    (step,) = lab.steps()
-    assert f"stopped after {step} of {STEPS} steps" in printed
-    assert lab.train(resume="auto")[0] == 0
-    assert lab.outcome()[0] == whole.outcome()[0]
-    assert lab.outcome()[2:] == whole.outcome()[2:]
-
-
-@pytest.mark.slow
-def test_a_compiled_run_that_is_killed_changes_no_bit(corpus: Path, tmp_path: Path) -> None:
-    """Through scripts/train.py, as a person starts it: what it repeats after the kill is what it did before it."""
-    lab = Lab(None, corpus, tmp_path / "lab")  # type: ignore[arg-type]
-    flags = lab.argv(compile=True, num_iterations=12, eval_every=-1, save_every=5, keep=-1, resume="auto")
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "",  # Inductor starts ten processes that load torch, to see what the CPU can do
-        "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "VIBECHAT_BASE_DIR": str(lab.base),
-    }
-    losses: list[dict[int, float]] = []
-    for kill in (True, False):
-        with (
-            open(lab.output, "a") as output,
-            subprocess.Popen(
-                [sys.executable, "-m", "scripts.train", *flags],
-                cwd=Path(__file__).parent.parent,
-                env=env,
-                stdout=output,
-                stderr=output,
-            ) as run,
-        ):
-            if kill:
-                wait_for_steps(lab, 9)
-                run.kill()
-        assert run.returncode == (-signal.SIGKILL if kill else 0), lab.output.read_text()
-        losses.append({row["step"]: row["train/loss"] for row in lab.metrics()})
-        shutil.rmtree(lab.checkpoints / "step_000010", ignore_errors=True)  # if it came so far: continue after step 5
-    before, after = losses
-    assert list(after) == list(range(12))
-    assert len(before) >= 9
-    assert before == {step: after[step] for step in before}
-    printed = lab.output.read_text()
-    assert "after step 5" in printed
-    assert printed.count("compiling the model") == 2
-    assert "torch.compile failed" not in printed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # what is refused, and what is got round
-
-
-def flip_last_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def test_a_damaged_checkpoint_is_passed_over(lab: Lab, whole: Lab) -> None:
-    copy_of(whole, lab)
-    flip_last_byte(lab.checkpoints / "step_000030" / "optimizer_00000.safetensors")
-    status, printed = lab.train(resume="30")
-    assert status == 2
-    assert "error: " in printed
-    assert "step_000030 is corrupt: optimizer_00000.safetensors" in printed
-    status, printed = lab.train(resume="auto")
-    assert status == 0, printed
-    assert "step_000030 is corrupt" in printed
-    assert "after step 27" in printed
-    assert "step 30 is set aside" in printed
-    assert lab.outcome() == whole.outcome()
-    for step in lab.steps():
-        flip_last_byte(lab.checkpoints / f"step_{step:06d}" / "loader.json")
-    assert re.search("no checkpoint in .* is whole", refusal(lab, resume="auto"))
-
-
-def test_a_finished_run_that_is_continued_changes_nothing(lab: Lab, whole: Lab) -> None:
-    copy_of(whole, lab)
-    assert lab.train(resume="auto")[0] == 0
-    assert lab.outcome() == whole.outcome()
-
-
-def test_the_demo_is_continued_by_itself(lab: Lab) -> None:
-    status, printed = lab.train(demo=True, num_iterations=4)
-    assert status == 0, printed
-    assert "step 4: saved" in printed
-    assert "base_checkpoints/demo" in printed
-    status, printed = lab.train(demo=True, num_iterations=4)
-    assert status == 0, printed
-    assert "continuing" in printed
-    assert "after step 4" in printed
-
-
-def test_a_step_in_the_past_can_be_continued(lab: Lab, whole: Lab) -> None:
-    copy_of(whole, lab)
-    status, printed = lab.train(resume="27")
-    assert status == 0, printed
-    assert lab.outcome() == whole.outcome()
-
-
-def refusal(lab: Lab, *argv: str, **flags: Any) -> str:
-    """The one line that a run which may not begin prints."""
-    before = sorted((str(p), p.stat().st_mtime_ns) for p in lab.checkpoints.rglob("*") if p.name != ".lock")
-    status, printed = lab.train(*argv, **flags)
-    assert status == 2, printed
-    assert "Traceback" not in printed
-    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert printed.rstrip().endswith(lines[0])
-    assert before == sorted((str(p), p.stat().st_mtime_ns) for p in lab.checkpoints.rglob("*") if p.name != ".lock")
-    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -496,20 +197,6 @@ def test_what_is_refused(lab: Lab, whole: Lab, tmp_path: Path) -> None:
     refusal(lab, resume="auto")  # it is not trained anew
     assert lab.train(model_tag="other", vocab_size=280, num_iterations=1)[0] == 0
     assert "the tokenizer is not what it was trained with" in refusal(lab, resume="auto")
-
-
-def test_a_live_run_keeps_others_out(lab: Lab) -> None:
-    pid = lab.start(num_iterations=100_000, save_every=-1, eval_every=-1)
-    try:
-        wait_for_steps(lab, 2)
-        other = Lab(lab.forge, lab.corpus, lab.base)
-        other.output = lab.base / "other.output"
-        message = refusal(other, resume="auto")
-        assert "locked by a live run" in message
-        assert "--resume auto" in message
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        lab.forge.wait(pid)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(lab: Lab) -> None:
