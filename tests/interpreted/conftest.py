@@ -13,7 +13,7 @@ from vibechat.kernels import backend
 from vibechat.kernels.language import INTERPRETING
 
 if INTERPRETING:
-    import tests.interpreted.bfloat16  # noqa: F401
+    import tests.interpreted.corrections  # noqa: F401
 
     settings.register_profile("interpreted", deadline=None, derandomize=bool(os.environ.get("CI")))
     settings.load_profile("interpreted")
