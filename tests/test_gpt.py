@@ -225,6 +225,12 @@ def test_adamw_alone_owns_the_matrices_too() -> None:
         model.setup_optimizers(matrix_optimizer="sgd")
 
 
+@pytest.mark.parametrize("of_muon", [{"normuon": True}, {"matrix_weight_decay": 0.1}], ids=str)
+def test_what_only_muon_takes_is_refused_without_it(of_muon: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="are Muon's, and matrix_optimizer='adamw'"):
+        GPT(TINY).setup_optimizers(matrix_lr=0.003, matrix_optimizer="adamw", **of_muon)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # generation
 

@@ -149,6 +149,9 @@ def test_load_model_refuses_another_tokenizer_and_passes_over_damage(
 # what is refused, and what is got round
 
 
+ADAMW = {"matrix_optimizer": "adamw", "matrix_lr": 0.003}
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -157,6 +160,9 @@ def test_load_model_refuses_another_tokenizer_and_passes_over_damage(
         ({"eval_tokens": -5}, "--eval-tokens -5: must be at least 1"),
         ({"matrix_lr": -0.1}, "--matrix-lr -0.1: must be at least 0"),
         ({"matrix_optimizer": "adamw"}, "--matrix-optimizer adamw: also needs --matrix-lr"),
+        (ADAMW | {"normuon": True}, "--matrix-optimizer adamw: leave out --normuon, which"),
+        (ADAMW | {"matrix_weight_decay": 0.1}, "--matrix-optimizer adamw: leave out --matrix-weight-decay, which"),
+        (ADAMW | {"normuon": True, "matrix_weight_decay": 0.1}, "leave out --normuon and --matrix-weight-decay, which"),
         ({"grad_clip": "nan"}, "--grad-clip nan: must be a usable number"),
         ({"target_flops": "inf"}, "--target-flops inf: must be a usable number"),
         ({"seed": 2**64}, f"--seed {2**64}: must be a usable number"),

@@ -323,10 +323,12 @@ class GPT(nn.Module):
             normuon: Muon with rows of one running size.
 
         Raises:
-            ValueError: for another optimizer.
+            ValueError: for another optimizer, or what only Muon takes without it.
         """
         if matrix_optimizer not in MATRIX_OPTIMIZERS:
             raise ValueError(f"{matrix_optimizer!r} optimizes no matrices; one of {', '.join(MATRIX_OPTIMIZERS)}")
+        if matrix_optimizer != "muon" and (matrix_weight_decay or normuon):
+            raise ValueError(f"matrix_weight_decay and normuon are Muon's, and matrix_optimizer={matrix_optimizer!r}")
         scale = (self.config.n_embd / 768) ** -0.5
         matrices = list(self.transformer.h.parameters())
         groups: list[dict[str, Any]] = [

@@ -115,6 +115,10 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
         if self.matrix_optimizer == "adamw" and self.matrix_lr is None:
             raise ValueError("--matrix-optimizer adamw: also needs --matrix-lr (Muon's is far too large; try 0.003)")
+        of_muon = {"--normuon": self.normuon, "--matrix-weight-decay": self.matrix_weight_decay}
+        if self.matrix_optimizer == "adamw" and any(of_muon.values()):
+            said = " and ".join(flag for flag, value in of_muon.items() if value)
+            raise ValueError(f"--matrix-optimizer adamw: leave out {said}, which Muon alone has")
 
 
 # What a number must be at least.
