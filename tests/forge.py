@@ -17,9 +17,9 @@ def serve() -> None:
     import matplotlib.figure  # noqa: F401
     import torch
 
-    from vibechat.base_run import peak_rate
     from vibechat.programs import base_loss, train
     from vibechat.train_step import use_deterministic_algorithms
+    from vibechat.trainer import peak_rate
 
     # What takes seconds and is the same for all is done once: loading Inductor, and the matmul rate.
     use_deterministic_algorithms()

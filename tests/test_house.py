@@ -24,7 +24,7 @@ ORDER = [
 CONFINED = {
     "tyro": ("vibechat.configurator",),
     "triton": ("vibechat.kernels", "vibechat.programs.doctor"),
-    "wandb": ("vibechat.programs", "vibechat.run_directory", "vibechat.base_run"),
+    "wandb": ("vibechat.run_directory",),
 }
 # These import what only Unix has, and only where they are on it.
 LATE_UNIX = ("vibechat.trainer",)

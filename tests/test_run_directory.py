@@ -2,14 +2,16 @@
 
 import json
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.terminal import Terminal
-from vibechat.common import UserError
-from vibechat.run_directory import Display, RunDirectory, environment, new_run_name
+from vibechat.common import DummyWandb, UserError
+from vibechat.run_directory import Display, RunDirectory, environment, new_run_name, open_wandb
 
 RECORD = {
     "train/loss": 2.123456,
@@ -117,3 +119,17 @@ def test_a_narrow_terminal_gets_what_matters(monkeypatch: pytest.MonkeyPatch, co
     assert "eta 0:00:00" in shown
     assert "\u2026" not in shown  # nothing is cut
     assert ("norm 0.500" in shown.rpartition("2/2")[2]) == (columns >= 100)
+
+
+def test_wandb_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    fake = types.SimpleNamespace(init=lambda **settings: calls.append(settings) or "the run")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert open_wandb("d4-run", {"depth": 4}) == "the run"
+    assert calls == [
+        {"project": "vibechat", "name": "d4-run", "id": "d4-run", "config": {"depth": 4}, "resume": "allow"}
+    ]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert isinstance(open_wandb("d4-run", {}), DummyWandb)

@@ -6,11 +6,8 @@ import math
 import os
 import re
 import shutil
-import sys
 import threading
-import types
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +17,8 @@ import torch
 from tests.hub_server import HubServer
 from tests.lab import STEPS, Lab, copy_of, flip_last_byte, refusal
 from tests.terminal import Terminal
-from vibechat.base_run import open_wandb
 from vibechat.checkpoint_manager import load_model
-from vibechat.common import DummyWandb, UserError
+from vibechat.common import UserError
 from vibechat.programs import tok_train
 from vibechat.programs.train import DEFAULTS, IDENTITY, OF_THIS_PROCESS, Config, settle, with_demo
 from vibechat.sources.hub import SOURCES
@@ -254,20 +250,6 @@ def test_text_of_the_hub_is_downloaded_as_far_as_the_run_needs_it(lab: Lab) -> N
     flags = {"data": "climbmix", "num_iterations": 3, "model_tag": "other"}
     assert "--data builtin needs no network" in refusal(lab, env={"HF_HUB_OFFLINE": "1"}, **flags)
     assert "python -m vibechat.dataset --source climbmix -n" in refusal(lab, num_shards=-1, **flags)
-
-
-def test_wandb_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    fake = types.SimpleNamespace(init=lambda **settings: calls.append(settings) or "the run")
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    assert open_wandb("d4-run", {"depth": 4}) == "the run"
-    assert calls == [
-        {"project": "vibechat", "name": "d4-run", "id": "d4-run", "config": {"depth": 4}, "resume": "allow"}
-    ]
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert isinstance(open_wandb("d4-run", {}), DummyWandb)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

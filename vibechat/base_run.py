@@ -5,7 +5,6 @@ The loop itself is `vibechat.trainer`; the flags and their defaults are `vibecha
 
 import contextlib
 import dataclasses
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,25 +29,24 @@ from vibechat.common import (
     UserError,
     compile_obstacle,
     compute_dtype,
-    get_base_dir,
     get_dist_info,
     keep_freed_memory,
-    peak_flops,
     print0,
     seed_everything,
 )
 from vibechat.dataloader import Loader
-from vibechat.dataset import Dataset, open_dataset
+from vibechat.dataset import open_dataset
 from vibechat.evaluation import Broken, FixedRows, comparison, prompts_for, write_samples
 from vibechat.fp8 import fp8_obstacle
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend, tuning_advice
 from vibechat.micro_batch import check_memory, is_out_of_memory, largest_micro_batch, out_of_memory, plan_of
 from vibechat.report import write_run_report
-from vibechat.run_directory import Display, RunDirectory, environment, new_run_name, versions
+from vibechat.run_directory import Display, RunDirectory, environment, new_run_name, open_wandb, versions
+from vibechat.run_tokenizer import find_tokenizer, first_tokenizer, tokenizer_characters
 from vibechat.scaling import Plan, plan
 from vibechat.sources.hub import SOURCES
-from vibechat.tokenizer import RustBPETokenizer, default_vocab_size, get_tokenizer, train_tokenizer
+from vibechat.tokenizer import default_vocab_size, get_tokenizer
 from vibechat.train_step import (
     TrainingOptimizer,
     TrainStep,
@@ -56,7 +54,7 @@ from vibechat.train_step import (
     optimizer_data,
     use_deterministic_algorithms,
 )
-from vibechat.trainer import Every, Hooks, Rates, Trainer, measure_matmul_flops
+from vibechat.trainer import Every, Hooks, Rates, Trainer, make_profiler, peak_rate
 
 if TYPE_CHECKING:
     from vibechat.programs.train import Config
@@ -94,37 +92,6 @@ def find_start(resume: str, directory: Path) -> Start:
     else:
         raise UserError(f"--resume {resume}: must be never, auto or a step")
     return Start() if step is None else Start(step, *load_documents(directory, step))
-
-
-def find_tokenizer(vocab_size: int | None) -> RustBPETokenizer | None:
-    """The tokenizer of the base directory, if there is one.
-
-    Raises UserError if it is of another size than `vocab_size`, or damaged.
-    """
-    directory = Path(get_base_dir()) / "tokenizer"
-    if not (directory.is_dir() and any(directory.iterdir())):
-        return None
-    tokenizer = get_tokenizer()
-    size = tokenizer.get_vocab_size()
-    if vocab_size not in (None, size):
-        raise UserError(
-            f"--vocab-size {vocab_size}: the tokenizer in {directory} has {size} tokens; leave the flag out, "
-            "or remove that directory to train another"
-        )
-    return tokenizer
-
-
-def tokenizer_characters(vocab_size: int) -> int:
-    """How much text a tokenizer of that size is trained on."""
-    return 2_000_000_000 if vocab_size > 16_384 else 200_000_000
-
-
-def first_tokenizer(vocab_size: int, dataset: Dataset) -> RustBPETokenizer:
-    """A tokenizer for `dataset`, saved in the base directory."""
-    directory = Path(get_base_dir()) / "tokenizer"
-    print0(f"no tokenizer in {directory}: training one of {vocab_size:,} tokens on {dataset.name} first")
-    texts = dataset.iter_texts("train", max_chars=tokenizer_characters(vocab_size))
-    return train_tokenizer(texts, vocab_size, directory)
 
 
 class BaseRun:
@@ -442,43 +409,3 @@ class BaseRun:
         if self.samples:
             sections["Samples"] = [f"> {' '.join(text.split())}" for text in self.samples]
         print0(f"report: {write_run_report(self.run.path, sections=sections)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what the machine can do
-
-
-@functools.cache
-def peak_rate(device: torch.device) -> tuple[float, str]:
-    """(FLOP/s that MFU is measured against, where that number comes from)."""
-    known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if known is not None and compute_dtype(device) == torch.bfloat16:
-        return known, "the data sheet's dense bf16 peak"
-    dtype = compute_dtype(device)
-    name = str(dtype).removeprefix("torch.")
-    return measure_matmul_flops(device, dtype), f"what a 4096-cubed {name} matmul just reached here"
-
-
-def make_profiler(path: Path, device: torch.device) -> torch.profiler.profile:
-    """Traces three steps after the first three, which compile and warm up, into `path` (for chrome://tracing)."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(
-        activities=activities,
-        acc_events=True,
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
-    )
-
-
-def open_wandb(run_id: str, config: dict[str, Any]) -> Any:
-    """A wandb run where wandb is installed, on rank 0; else something that forgets, and a line that says so."""
-    if get_dist_info()[1] != 0:
-        return DummyWandb()
-    try:
-        import wandb
-    except ImportError:
-        print0("wandb is not installed (pip install wandb): logging to files only")
-        return DummyWandb()
-    return wandb.init(project="vibechat", name=run_id, id=run_id, config=config, resume="allow")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 import vibechat
-from vibechat.common import UserError, compute_dtype, cpu_name, get_base_dir
+from vibechat.common import DummyWandb, UserError, compute_dtype, cpu_name, get_base_dir, get_dist_info, print0
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -214,3 +214,15 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def open_wandb(run_id: str, config: dict[str, Any]) -> Any:
+    """A wandb run where wandb is installed, on rank 0; else something that forgets, and a line that says so."""
+    if get_dist_info()[1] != 0:
+        return DummyWandb()
+    try:
+        import wandb
+    except ImportError:
+        print0("wandb is not installed (pip install wandb): logging to files only")
+        return DummyWandb()
+    return wandb.init(project="vibechat", name=run_id, id=run_id, config=config, resume="allow")

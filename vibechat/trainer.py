@@ -8,6 +8,7 @@ This module needs neither the command line, nor the tokenizer's extension, nor t
 """
 
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from vibechat.common import UserError, get_dist_info
+from vibechat.common import UserError, compute_dtype, get_dist_info, peak_flops
 from vibechat.train_step import MicroBatch, Readback, TrainStep
 
 
@@ -322,3 +323,27 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 4
             best = min(best, time.perf_counter() - start)
         count += 1
     return 2 * size**3 / best
+
+
+@functools.cache
+def peak_rate(device: torch.device) -> tuple[float, str]:
+    """(FLOP/s that MFU is measured against, where that number comes from)."""
+    known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if known is not None and compute_dtype(device) == torch.bfloat16:
+        return known, "the data sheet's dense bf16 peak"
+    dtype = compute_dtype(device)
+    name = str(dtype).removeprefix("torch.")
+    return measure_matmul_flops(device, dtype), f"what a 4096-cubed {name} matmul just reached here"
+
+
+def make_profiler(path: Path, device: torch.device) -> torch.profiler.profile:
+    """Traces three steps after the first three, which compile and warm up, into `path` (for chrome://tracing)."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(
+        activities=activities,
+        acc_events=True,
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    )
