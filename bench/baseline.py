@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import device_name
+from bench.measure import device_name, publish, triton_version
 from vibechat.common import UserError, cpu_flags
 from vibechat.kernels.tuning import device_slug
 
@@ -35,12 +35,6 @@ GATED = {"ratio_to_eager": "every device", "mfu": "a GPU"}
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a speed depends on beside the code: the keys that a baseline must share with a run."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     if device.type == "cuda":
         instruction_set = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     else:
@@ -52,7 +46,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "instruction_set": instruction_set,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__,
-        "triton": triton_version,
+        "triton": triton_version(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
@@ -161,7 +155,6 @@ def record(run: dict[str, Any], who: str, why: str) -> str:
             "to": new,
         }
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"baselines": entries}, indent=1) + "\n", encoding="utf-8")
+    publish(path, {"baselines": entries})
     before = f"{old['ratio_to_eager']:.3f}" if old else "none"
     return f"{path.name}: ratio to eager {before} -> {new['ratio_to_eager']:.3f}, by {who}: {why}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.measure import provenance
+from bench.measure import provenance, publish
 from vibechat.common import autodetect_device_type, compile_obstacle, keep_freed_memory
 from vibechat.dataloader import Loader
 from vibechat.dataset import Dataset, open_dataset
@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(train(args, dataset, tokenizer, seed, fp8=fp8))
             print(json.dumps(rows[-1]), flush=True)
             if args.json:
-                content = {**provenance(torch.device(autodetect_device_type())), "rows": rows}
-                args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                publish(args.json, {**provenance(torch.device(autodetect_device_type())), "rows": rows})
     print_table(rows)
     return 0
 

@@ -24,13 +24,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import plain_gpt
 from bench.waterfall import STEP, Shapes, TraceClock, kernels_by_name, read_trace, timeline, waterfall
-from vibechat.common import UserError, compile_obstacle, compute_dtype, keep_freed_memory, peak_flops
+from vibechat.common import UserError, compile_obstacle, compute_dtype, keep_freed_memory
 from vibechat.fp8 import fp8_obstacle
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend
 from vibechat.scaling import plan
 from vibechat.train_step import TrainStep, use_deterministic_algorithms
-from vibechat.trainer import Rates, Trainer, measure_matmul_flops, memory_bytes, no_garbage_pauses
+from vibechat.trainer import Rates, Trainer, memory_bytes, no_garbage_pauses, peak_rate
 
 OUT_OF_MEMORY = 3  # exit status
 
@@ -122,12 +122,12 @@ class TrainerWork:
         if self.step.compiled != compile:
             raise UserError("torch.compile failed, and a step without it is another implementation")
         dtype = compute_dtype(device)
-        known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        peak, convention = peak_rate(device)
         self.facts: dict[str, Any] = {
             "flops_per_token": model.estimate_flops(causal=True),
             "flops_per_token_full": model.estimate_flops(),
-            "peak_flops": known or measure_matmul_flops(device, dtype),
-            "peak_is": "the data sheet's dense bf16 peak" if known else "a 4096-cubed matmul in the same process",
+            "peak_flops": peak,
+            "peak_is": convention,
             "dtype": str(dtype).removeprefix("torch."),
             "kernels": [list(choice) for choice in backend_table(device, dtype)],
         }

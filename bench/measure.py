@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vibechat.common import cpu_name
+from vibechat.kernels.language import triton
 from vibechat.kernels.tuning import device_slug
 
 L2_BYTES = 128 * 2**20  # more than the L2 of any GPU that we know, so that inputs of an iteration come from memory
@@ -140,6 +141,11 @@ def results_directory(device: torch.device) -> Path:
     return directory
 
 
+def triton_version() -> str | None:
+    """Of Triton, where it is installed."""
+    return triton.__version__ if triton else None
+
+
 def command_line() -> str:
     """What was typed to run this program, without the place where it lies."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -149,12 +155,6 @@ def command_line() -> str:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a number needs beside it: commit, command, device, versions, time."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
@@ -163,11 +163,19 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "commit": os.environ.get("COMMIT") or described.stdout.strip() or "unknown",
         "command": command_line(),
         "torch": torch.__version__,
-        "triton": triton_version,
+        "triton": triton_version(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def publish(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all, by rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 class ResultFile:
@@ -183,7 +191,5 @@ class ResultFile:
         self.write()
 
     def write(self) -> None:
-        """Publish the file by rename."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        """Publish the file."""
+        publish(self.path, self.content)

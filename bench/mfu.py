@@ -34,7 +34,7 @@ import torch
 
 from bench import baseline
 from bench.implementations import DidNotFit, Worker, serve
-from bench.measure import provenance, results_directory
+from bench.measure import provenance, publish, results_directory
 from bench.waterfall import kernel_lines, waterfall_lines
 from vibechat.common import UserError, autodetect_device_type
 from vibechat.gpt import GPTConfig
@@ -161,10 +161,8 @@ class Benchmark:
         }
 
     def write(self) -> None:
-        """Publish what is known so far, by rename."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        """Publish what is known so far."""
+        publish(self.path, self.content())
 
 
 def table_of(tokens: int, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

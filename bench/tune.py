@@ -10,7 +10,6 @@ then with the best of those the op forward and backward against the reference ea
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.cases import Case, calls_of
-from bench.measure import device_name, provenance, time_calls
+from bench.measure import device_name, provenance, publish, time_calls
 from bench.ops import OPS, Launch, Op
 from bench.shapes import Shape, Source, can_run_kernels, scale_of, usual_dtype
 from vibechat import kernels
@@ -110,14 +109,6 @@ def merge(into: Table, new: Table) -> None:
             merge(into[key], value)
         else:
             into[key] = value
-
-
-def publish(path: Path, content: dict[str, Any]) -> None:
-    """Write a table whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:

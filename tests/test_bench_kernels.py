@@ -18,6 +18,7 @@ from bench.measure import (
     Timing,
     command_line,
     provenance,
+    publish,
     results_directory,
     summarize,
     time_calls,
@@ -160,7 +161,7 @@ def test_what_tune_writes_is_what_the_backend_reads(monkeypatch: pytest.MonkeyPa
     path = tuning.cached_file("gpu-of-mine")
     times = {"kernel": 1.0, "eager": 5.0, "compiled": 2.0}
     config = tuning.RowConfig(2, 4)
-    tune.publish(
+    publish(
         path,
         {
             "configs": {"rms_norm_forward": {"2048": tuning.as_row(config)}},
