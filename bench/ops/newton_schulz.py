@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from bench.ops import muon_passes
 from bench.ops.entry import Inputs, Launch, Op
 from bench.shapes import Model, Shape, Source
 from vibechat import kernels
@@ -39,6 +40,7 @@ def _launches(wide: bool) -> Callable[[Shape, Source], Iterator[Launch]]:
             specialization="added to" if wide else "alone",
             needs=("wgmma", "tma_loads", "wide_stores"),
         )
+        yield from (muon_passes.of_muon if wide else muon_passes.of_a_stack)(x, source)
 
     return launches
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from tests.spectra import SPECTRA, check_spectrum, exact, matrix
 from vibechat import kernels
-from vibechat.kernels import backend, symmetric_matmul
+from vibechat.kernels import backend, normalization, symmetric_matmul
 from vibechat.kernels.muon_passes import momentum_pass, update_pass
 from vibechat.kernels.newton_schulz import orthogonalize, reference
+from vibechat.kernels.normalization import TileConfig, normalized
 from vibechat.kernels.normalization import launch as launch_normalization
-from vibechat.kernels.normalization import normalized
 from vibechat.kernels.symmetric_matmul import SymmetricConfig
+from vibechat.kernels.tuning import FlatConfig
 from vibechat.muon import Muon
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -102,6 +103,20 @@ def test_normalization_at_any_scale(dtype: torch.dtype, scale: float) -> None:
         torch.testing.assert_close(x[0].norm().item(), 1 / 1.01, atol=0, rtol=1e-5)
         torch.testing.assert_close(x, normalized(g, torch.float32), atol=1e-7, rtol=1e-5)
     assert x[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_matrix_of_more_blocks_than_parts_is_measured_whole(scale: float) -> None:
+    """Its largest element lies in the last block of a part, and all of the others are far smaller, or zero."""
+    g = randn(2, 72, 100).float() * scale * 1e-3
+    g[0, 70, 3], g[1] = scale, 0
+    block = FlatConfig(32, 4)
+    assert g[0].numel() > 1.5 * normalization.PARTS * block.block
+    measured = normalization.launch_measure(g, config=block)
+    assert measured.peaks.shape == (2, normalization.PARTS)
+    for x in (torch.empty(g.shape), torch.empty(2, 100, 72).mT):
+        normalization.launch_normalize(g, x, measured, config=TileConfig(16, 4))
+        torch.testing.assert_close(x, normalized(g), atol=1e-9, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

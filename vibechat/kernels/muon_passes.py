@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vibechat.kernels import backend
 from vibechat.kernels.language import device_of, tl, triton
-from vibechat.kernels.normalization import TILE, addresses, normalized
+from vibechat.kernels.normalization import Momentum, TileConfig, addresses, normalized, tile_config
 from vibechat.kernels.normalization import launch as launch_normalization
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,13 +70,15 @@ def launch_update(
     decay: float,
     row_scale: Tensor | None,
     found_inf: Tensor | None,
+    config: TileConfig | None = None,
 ) -> None:
     """Step the parameters by ortho (count, rows, cols), of which one of the last two strides is 1."""
     count, rows, cols = ortho.shape
+    tile, warps = tile_config("muon_update", ortho, config)
     with device_of(ortho):
-        muon_update[(-(-cols // TILE), -(-rows // TILE), count)](
+        muon_update[(-(-cols // tile), -(-rows // tile), count)](
             addresses(params, ortho.device), ortho, row_scale, found_inf, rows, cols, lr, decay, *ortho.stride()[1:],
-            DECAY=decay != 0, TILE=TILE, num_warps=8, enable_fp_fusion=True,
+            DECAY=decay != 0, TILE=tile, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -113,7 +115,7 @@ def momentum_pass(
     if _takes_kernels(gradients, x):
         if momentum.size(-2) > momentum.size(-1):
             x = x.view(*x.mT.shape).mT
-        launch_normalization(momentum, x, gradients=gradients, mu=mu, nesterov=nesterov, found_inf=found_inf)
+        launch_normalization(momentum, x, Momentum(addresses(gradients, x.device), mu, nesterov, found_inf))
         return x
     for g, m, out in zip(gradients, momentum, x, strict=True):
         if found_inf is not None:

@@ -12,14 +12,27 @@ Bytes of an element: 12 + 10 with gradients and momentum in float32 and x in 16 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vibechat.kernels.language import device_of, power_of_two, tl, triton
+from vibechat.kernels.tuning import FlatConfig, tuned_config
 
-BLOCK = 4096  # elements of a program that measures
-TILE = 64  # rows and columns of a program that may have to transpose
+
+class TileConfig(NamedTuple):
+    """How an elementwise kernel that may have to transpose is launched."""
+
+    tile: int
+    """rows and columns of a program"""
+    warps: int
+    """of a program"""
+
+
+PARTS = 128  # of a matrix, each measured by one program: enough to fill a GPU, few enough to be read by every tile
+FLAT_CONFIGS = (FlatConfig(4096, 8), FlatConfig(2048, 4))  # what bench.tune tries; the first where nobody measured
+TILE_CONFIGS = (TileConfig(64, 8), TileConfig(64, 4), TileConfig(32, 4))
 
 
 def normalized(g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -49,24 +62,29 @@ if triton is not None:
         gradients, momentum_ptr, found_inf_ptr, peak_ptr, square_ptr, size, mu,
         NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Step m, if there are gradients; peak = max |u| and square = sum (u / peak)^2 of a block of a matrix."""
-        matrix, part = tl.program_id(1), tl.program_id(0)
-        at = part * BLOCK + tl.arange(0, BLOCK)
-        inside = at < size
+        """Step m, if there are gradients; peak = max |u| and square = sum (u / peak)^2 of a part of a matrix."""
+        matrix, part, parts = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
         m_ptr = momentum_ptr + matrix.to(tl.int64) * size
-        u = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if gradients is not None:
-            g_ptr = tl.multiple_of(tl.load(gradients + matrix).to(tl.pointer_type(tl.float32)), 16)
-            g = tl.load(g_ptr + at, mask=inside, other=0.0)
-            if found_inf_ptr is not None:
-                g = tl.where(tl.load(found_inf_ptr) > 0, u, g)  # a step towards itself changes nothing
-            m = u + (1 - mu) * (g - u)
-            tl.store(m_ptr + at, m, mask=inside)
-            u = _looked_ahead(g, m, mu, NESTEROV)
-        peak = tl.max(tl.abs(u), 0)
-        scaled = u / tl.maximum(peak, 1.1754944e-38)
-        tl.store(peak_ptr + matrix * tl.num_programs(0) + part, peak)
-        tl.store(square_ptr + matrix * tl.num_programs(0) + part, tl.sum(scaled * scaled, 0))
+        peak, square = 0.0, 0.0
+        for block in tl.range(part, tl.cdiv(size, BLOCK), parts):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            inside = at < size
+            u = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if gradients is not None:
+                g_ptr = tl.multiple_of(tl.load(gradients + matrix).to(tl.pointer_type(tl.float32)), 16)
+                g = tl.load(g_ptr + at, mask=inside, other=0.0)
+                if found_inf_ptr is not None:
+                    g = tl.where(tl.load(found_inf_ptr) > 0, u, g)  # a step towards itself changes nothing
+                m = u + (1 - mu) * (g - u)
+                tl.store(m_ptr + at, m, mask=inside)
+                u = _looked_ahead(g, m, mu, NESTEROV)
+            before = peak
+            peak = tl.maximum(peak, tl.max(tl.abs(u), 0))
+            scale = tl.maximum(peak, 1.1754944e-38)
+            share, scaled = before / scale, u / scale
+            square = square * share * share + tl.sum(scaled * scaled, 0)
+        tl.store(peak_ptr + matrix * parts + part, peak)
+        tl.store(square_ptr + matrix * parts + part, square)
 
     @triton.jit
     def muon_normalize(  # type: ignore[no-untyped-def]
@@ -105,35 +123,66 @@ def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return table.to(device)
 
 
-def launch(
-    stack: Tensor,
-    x: Tensor,
-    *,
-    gradients: Sequence[Tensor] | None = None,
-    mu: float = 0.0,
-    nesterov: bool = False,
-    found_inf: Tensor | None = None,
-) -> None:
-    """Fill x (count, m, n), any dtype, one of whose last two strides is 1, from a contiguous stack of its shape.
+class Measured(NamedTuple):
+    """Of each part of each matrix, (count, parts) in float32."""
 
-    Args:
-        stack: what is normalized; with gradients the momentum, in float32, stepped in place.
-        x: the result; its stacks lie m n elements apart.
-        gradients: count matrices (m, n), contiguous, in float32.
-        mu: the momentum's decay.
-        nesterov: look ahead by one step.
-        found_inf: 0-d; where it is not zero, the momentum stays as it is.
-    """
-    count, rows, columns = stack.shape
-    parts = -(-rows * columns // BLOCK)
-    table = None if gradients is None else addresses(gradients, stack.device)
-    peaks, squares = (torch.empty((count, parts), dtype=torch.float32, device=stack.device) for _ in range(2))
+    peaks: Tensor
+    """the largest |u|"""
+    squares: Tensor
+    """the sum of (u / peak)^2"""
+
+
+class Momentum(NamedTuple):
+    """What steps a stack of momenta before it is normalized."""
+
+    gradients: Tensor
+    """the `addresses` of count matrices (m, n), contiguous, in float32, which whoever made this keeps alive"""
+    mu: float
+    """the momentum's decay"""
+    nesterov: bool
+    """look ahead by one step"""
+    found_inf: Tensor | None = None
+    """0-d; where it is not zero, the momentum stays as it is"""
+
+
+NO_MOMENTUM = None, 0.0, False, None
+
+
+def launch_measure(stack: Tensor, momentum: Momentum | None = None, config: FlatConfig | None = None) -> Measured:
+    """The first walk, over a contiguous stack (count, m, n): in float32 with momentum, which is stepped in place."""
+    (count, rows, columns), device = stack.shape, stack.device
+    block, warps = config or tuned_config("muon_measure", "", FLAT_CONFIGS, device) or FLAT_CONFIGS[0]
+    parts = min(PARTS, -(-rows * columns // block))
+    measured = Measured(*(torch.empty((count, parts), dtype=torch.float32, device=device) for _ in range(2)))
+    gradients, mu, nesterov, found_inf = momentum or NO_MOMENTUM
     with device_of(stack):
         muon_measure[(parts, count)](
-            table, stack, found_inf, peaks, squares, rows * columns, mu,
-            NESTEROV=nesterov, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
+            gradients, stack, found_inf, *measured, rows * columns, mu,
+            NESTEROV=nesterov, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
-        muon_normalize[(-(-columns // TILE), -(-rows // TILE), count)](
-            table, stack, found_inf, peaks, squares, x, rows, columns, parts, mu, *x.stride()[1:],
-            NESTEROV=nesterov, TILE=TILE, PARTS=power_of_two(parts), num_warps=8, enable_fp_fusion=True,
+    return measured
+
+
+def launch_normalize(
+    stack: Tensor, x: Tensor, measured: Measured, momentum: Momentum | None = None, config: TileConfig | None = None
+) -> None:
+    """The second walk: fill x (count, m, n), any dtype, one of whose last two strides is 1, its matrices m n apart."""
+    (count, rows, columns), parts = stack.shape, measured.peaks.size(1)
+    tile, warps = tile_config("muon_normalize", x, config)
+    gradients, mu, nesterov, found_inf = momentum or NO_MOMENTUM
+    with device_of(stack):
+        muon_normalize[(-(-columns // tile), -(-rows // tile), count)](
+            gradients, stack, found_inf, *measured, x, rows, columns, parts, mu, *x.stride()[1:],
+            NESTEROV=nesterov, TILE=tile, PARTS=power_of_two(parts), num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def launch(stack: Tensor, x: Tensor, momentum: Momentum | None = None) -> None:
+    """Both walks: x becomes the normalized stack, after the momentum's step if there is one."""
+    launch_normalize(stack, x, launch_measure(stack, momentum), momentum)
+
+
+def tile_config(kernel: str, x: Tensor, config: TileConfig | None = None) -> TileConfig:
+    """The given configuration, the measured one or the default, of a kernel that reads or writes x of any strides."""
+    key = "straight" if x.stride(-1) == 1 else "transposed"
+    return config or tuned_config(kernel, key, TILE_CONFIGS, x.device) or TILE_CONFIGS[0]

@@ -21,7 +21,7 @@ Saved: b (N C + N H) and the weights, where eager saves b (N C + 2 N H).
 Sources: So et al. 2021, "Primer", arXiv 2109.08668; the root of the square, modded-nanogpt's record 87.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from torch import Tensor
 from vibechat.kernels import backend, matmul
 from vibechat.kernels.language import INTERPRETING, device_of, tl, triton, triton_dtype, wide_dtype
 from vibechat.kernels.matmul import MatmulConfig, tma_refusal
-from vibechat.kernels.tuning import tuned_choice, tuned_config
+from vibechat.kernels.tuning import FlatConfig, tuned_choice, tuned_config
 
 WAYS = ("elementwise", "fused")
 FEWEST_TOKENS = 1024  # below, the fused matmul has too few tiles for a GPU's SMs
@@ -109,16 +109,6 @@ if triton is not None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the launchers
-
-
-class FlatConfig(NamedTuple):
-    """How an elementwise kernel is launched."""
-
-    block: int
-    """elements a program"""
-    warps: int
-    """of a program"""
-
 
 FLAT_CONFIGS = (FlatConfig(1024, 4), FlatConfig(2048, 4), FlatConfig(2048, 8), FlatConfig(4096, 8))
 FLAT_DEFAULT = FlatConfig(2048, 8)

@@ -47,9 +47,15 @@ CONFIGS = (  # what bench.tune tries
 
 if triton is not None:
 
+    @triton.jit
+    def _tile(i, j, M, rows_end, BT: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Offsets of tile (i, j) in a matrix of M columns, and which of them lie in its first `rows_end` rows."""
+        rows, columns = (i * BT + tl.arange(0, BT))[:, None], (j * BT + tl.arange(0, BT))[None, :]
+        return rows * M + columns, (rows < rows_end) & (columns < M)
+
     @triton.jit(do_not_specialize=["count"])
     def symmetric_matmul(  # type: ignore[no-untyped-def]
-        a_desc, b_desc, d_ptr, c_ptr, count, M, K, alpha, beta, gamma,
+        a_desc, b_desc, d_ptr, c_ptr, count, M, K, alpha, beta_over_alpha, gamma,
         BT: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
         side, steps = tl.cdiv(M, BT), tl.cdiv(K, BK)
@@ -60,23 +66,21 @@ if triton is not None:
             i = tl.where(i * (i + 1) // 2 > t, i - 1, i)  # the root may be rounded either way
             i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
             j = t - i * (i + 1) // 2
+            square = matrix.to(tl.int64) * M * M
             acc = tl.zeros((BT, BT), WIDE)
+            if d_ptr is not None:  # first: after the products there are no registers left for it
+                at, inside = _tile(i, j, M, M, BT)
+                acc = beta_over_alpha * tl.load(d_ptr + square + at, mask=inside, other=0.0).to(WIDE)
             for k in range(steps):
                 a = tl.reshape(a_desc.load([matrix, i * BT, k * BK]), (BT, BK))
                 b = tl.reshape(b_desc.load([matrix, j * BT, k * BK]), (BT, BK))
                 acc = tl.dot(a, b.T, acc, input_precision="ieee", out_dtype=WIDE)
-            rows, columns = (i * BT + tl.arange(0, BT))[:, None], (j * BT + tl.arange(0, BT))[None, :]
-            at = matrix.to(tl.int64) * M * M + rows * M + columns
-            inside = (rows < M) & (columns < M)
-            acc *= alpha
-            if d_ptr is not None:
-                acc += beta * tl.load(d_ptr + at, mask=inside, other=0.0).to(WIDE)
-            acc += tl.where(rows == columns, gamma, 0.0)
-            c = acc.to(c_ptr.dtype.element_ty)
-            tl.store(c_ptr + at, c, mask=inside)
-            rows, columns = (j * BT + tl.arange(0, BT))[:, None], (i * BT + tl.arange(0, BT))[None, :]
-            mirror = matrix.to(tl.int64) * M * M + rows * M + columns
-            tl.store(c_ptr + mirror, c.T, mask=(rows < tl.where(i != j, M, 0)) & (columns < M))
+            on_diagonal = (i * BT + tl.arange(0, BT))[:, None] == (j * BT + tl.arange(0, BT))[None, :]
+            c = (alpha * acc + tl.where(on_diagonal, gamma, 0.0)).to(c_ptr.dtype.element_ty)
+            at, inside = _tile(i, j, M, M, BT)
+            tl.store(c_ptr + square + at, c, mask=inside)
+            at, inside = _tile(j, i, M, tl.where(i != j, M, 0), BT)
+            tl.store(c_ptr + square + at, c.T, mask=inside)
 
 
 def refusal(x: Tensor) -> str | None:
@@ -117,7 +121,7 @@ def launch(
         a: (count, M, K), contiguous, in float16 or bfloat16 on a GPU for speed, float32 exactly.
         b: the same shape; None for a.
         d: (count, M, M), contiguous; needs beta.
-        alpha: of the product.
+        alpha: of the product; not zero.
         beta: of d.
         gamma: of the identity.
         config: tiles and stages.
@@ -136,7 +140,7 @@ def launch(
     shape = [1, block, block_k]
     with device_of(a):
         symmetric_matmul[(min(count * side * (side + 1) // 2, sms * per_sm),)](
-            describe(a, shape), describe(a if b is None else b, shape), d, c, count, M, K, alpha, beta, gamma,
+            describe(a, shape), describe(a if b is None else b, shape), d, c, count, M, K, alpha, beta / alpha, gamma,
             BT=block, BK=block_k, WIDE=triton_dtype(wide_dtype(a.dtype)),
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             maxnreg=2048 // (warps * per_sm) if per_sm > 1 else None,  # the epilogue would take more

@@ -37,6 +37,15 @@ class RowConfig(NamedTuple):
     """warps of a program"""
 
 
+class FlatConfig(NamedTuple):
+    """How an elementwise kernel is launched."""
+
+    block: int
+    """elements a program takes at a time"""
+    warps: int
+    """of a program"""
+
+
 AnyConfig = TypeVar("AnyConfig", bound=tuple[int, ...])
 
 
