@@ -2,8 +2,8 @@
 # What a GPU has to say, in parts of under nine minutes each: bench/gpu.sh check | kernels [OP...] | mfu
 #
 #   check    ceilings, cuBLAS at the models' shapes, then `pytest -m gpu`
-#   kernels  the best configuration of each kernel and whether `auto` may take it, then the benchmark suite; of these
-#            ops alone, if some are named
+#   kernels  the best configuration of each kernel and whether `auto` may take it, newton_schulz against its bars, then
+#            the benchmark suite; of these ops alone, if some are named
 #   mfu      real training steps: eager, compiled and with kernels, each with a waterfall and its longest kernels by
 #            name; attention, way by way
 #
@@ -55,7 +55,8 @@ check)
     ;;
 kernels)
     names="$(IFS=' '; echo "$*")"
-    step tune 60 "$python" -m bench.tune --out "$OUT" ${names:+--ops "$@"}
+    step tune 55 "$python" -m bench.tune --out "$OUT" ${names:+--ops "$@"}
+    case "$names" in "" | *newton_schulz*) step orthogonalization 40 "$python" -m bench.orthogonalization ;; esac
     step kernels 95 "$python" -m pytest -p no:cacheprovider -q bench/test_kernels.py --benchmark-only ${names:+-k "${names// / or }"}
     [ -e "$OUT/kernels.json" ] && "$python" -m bench.report "$OUT/kernels.json" >"$OUT/kernels.md"
     ;;

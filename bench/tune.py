@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="measure the kernels on this GPU")
     parser.add_argument("--ship", action="store_true", help=f"write into {tuning.SHIPPED}")
     parser.add_argument("--out", type=Path, help="write into this directory")
-    parser.add_argument("--ops", nargs="+", choices=OPS, help="these alone; what is known of others stays")
+    names = dict.fromkeys([*OPS, *(op.backend_name for op in OPS.values())])  # a backend's: all of its entries
+    parser.add_argument("--ops", nargs="+", choices=names, help="these alone; what is known of others stays")
     args = parser.parse_args(argv)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if not can_run_kernels(device):
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     usual = usual_dtype(device)
     others = [dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if dtype != usual]
     for dtype in [usual, *(others if device.type == "cuda" else ())]:  # what training takes first
-        for op in [OPS[name] for name in args.ops or OPS]:
+        for op in [op for op in OPS.values() if not args.ops or {op.name, op.backend_name} & set(args.ops)]:
             if dtype == usual:
                 measured("configs", best_configs(op, device, dtype))
             measured("choices", best_ways(op, device, dtype))
