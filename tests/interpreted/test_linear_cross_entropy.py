@@ -171,6 +171,7 @@ def test_an_almost_certain_target_keeps_its_digits() -> None:
         torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=0)
 
 
+@pytest.mark.usefixtures("poisoned")  # else the padding of rows holds, and overflows with, whatever memory held
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("softcap", "way"), [(15.0, "cublas"), (60.0, "cublas"), (None, "cublas"), (15.0, "fused")])
 def test_gradcheck_in_float64(reduction: str, softcap: float | None, way: str) -> None:
@@ -304,6 +305,7 @@ def test_a_target_that_is_no_word_gives_nan_and_reads_nothing(gradient: bool) ->
         assert losses.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's word for the NaN that is meant
 def test_logits_that_are_not_finite_show() -> None:
     for bad in (torch.nan, torch.inf):
         x = randn(3, 8).float()
