@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench import plain_gpt
 from bench.waterfall import STEP, Shapes, TraceClock, kernels_by_name, read_trace, timeline, waterfall
 from vibechat.common import UserError, compile_obstacle, compute_dtype, keep_freed_memory
-from vibechat.fp8 import fp8_obstacle
+from vibechat.fp8 import LEFT_TO_COMPILER, fp8_obstacle
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend
 from vibechat.scaling import plan
@@ -77,7 +77,7 @@ class TrainerWork:
         keep_freed_memory()
         if device.type == "cpu":
             use_deterministic_algorithms()
-        set_backend(kernels)
+        set_backend(kernels, left_to_compiler=LEFT_TO_COMPILER if fp8 else None)
         run = plan(
             args.depth,
             sequence_len=args.max_seq_len,

@@ -84,7 +84,7 @@ class Benchmark:
         if args.device_batch_size != "auto":
             return dict.fromkeys(args.only, int(args.device_batch_size))
         config = model_config(args.depth, args.max_seq_len, args.vocab_size)
-        form = {"plain": "eager", "fp8": "vibechat"} | {name: name for name in FORMS}
+        form = {"plain": "eager"} | {name: name for name in FORMS}
         return {name: self._largest(config, form[name], rows) for name in args.only}
 
     def _largest(self, config: GPTConfig, form: str, rows: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from bench import baseline, implementations, mfu, plain_gpt
 from bench.implementations import DidNotFit
 from bench.waterfall import CATEGORIES
+from vibechat.fp8 import LEFT_TO_COMPILER
 
 TINY = ["--depth", "1", "--max-seq-len", "16", "--vocab-size", "300", "--device-batch-size", "2", "--device", "cpu"]
 TINY += ["--total-batch-size", "32"]
@@ -182,6 +183,22 @@ def test_workers_choose_what_they_are_named_after(name: str, monkeypatch: pytest
     assert asked == {"compile": True, "kernels": "auto,rms_norm=torch", "fp8": False}
     implementations.make("fp8", args)
     assert asked["fp8"] is True
+
+
+def test_the_fp8_row_runs_norms_as_a_run_in_fp8_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(spec: str, **how: Any) -> None:
+        asked.append((spec, how))
+        raise Asked
+
+    asked: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(implementations, "set_backend", ask)
+    for name in ("fp8", "vibechat"):
+        with pytest.raises(Asked):
+            implementations.make(name, mfu.arguments([*TINY, "--kernels", "triton"]))
+    assert asked == [("triton", {"left_to_compiler": LEFT_TO_COMPILER}), ("triton", {"left_to_compiler": None})]
 
 
 def test_a_worker_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import fill_projections
 from vibechat import fp8
-from vibechat.fp8 import E4M3, E5M2, fp8_linear, fp8_obstacle, fp8_relu2_mlp, quantize
-from vibechat.gpt import GPT, GPTConfig
+from vibechat.fp8 import E4M3, E5M2, fp8_linear, fp8_obstacle, quantize
+from vibechat.gpt import GPT, MLP, GPTConfig
 from vibechat.kernels import relu2_mlp
 from vibechat.train_step import TrainStep
 
@@ -109,9 +109,12 @@ def test_error_bounds_against_float64(scale: float) -> None:
 
 
 def test_the_mlp_is_the_mlp() -> None:
-    x, w_fc, w_proj = randn(2, 16, 32), randn(64, 32, seed=1, scale=0.2), randn(32, 64, seed=2, scale=0.2)
-    leaves = [t.clone().requires_grad_() for t in (x, w_fc, w_proj)]
-    mine, true = fp8_relu2_mlp(*leaves), relu2_mlp(*(t.double() for t in leaves))
+    x, w_fc, w_proj = randn(2, 16, 32), randn(128, 32, seed=1, scale=0.2), randn(32, 128, seed=2, scale=0.2)
+    mlp = MLP(GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=32))
+    mlp.fp8_fc, mlp.fp8_proj = fp8.Fp8Linear(), fp8.Fp8Linear()
+    mlp.c_fc.weight.data, mlp.c_proj.weight.data = w_fc, w_proj
+    leaves = [x.requires_grad_(), mlp.c_fc.weight, mlp.c_proj.weight]
+    mine, true = mlp(x), relu2_mlp(*(t.double() for t in leaves))
     assert mine.shape == x.shape
     assert relative(mine.detach(), true.detach()) < 0.1
     dy = randn(2, 16, 32, seed=3)
@@ -192,8 +195,8 @@ def test_gradients_of_every_parameter_are_those_of_bfloat16_but_for_rounding() -
 
 def test_head_embedding_and_masters_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    real = fp8._Fp8Linear.apply
-    monkeypatch.setattr(fp8._Fp8Linear, "apply", lambda x, w: seen.append(tuple(w.shape)) or real(x, w))
+    real = fp8._Fp8Matmul.apply
+    monkeypatch.setattr(fp8._Fp8Matmul, "apply", lambda x, w, *rest: seen.append(tuple(w.shape)) or real(x, w, *rest))
     trained = model(on=True)
     trained(*rows()).backward()
     assert seen == [(128, 64), (64, 64), (256, 64), (64, 256)] * CONFIG.n_layer

@@ -394,6 +394,19 @@ def test_triton_alone_means_every_op_that_has_a_kernel(monkeypatch: pytest.Monke
         kernels.choose("newton_schulz", CPU, torch.float32)
 
 
+@pytest.mark.parametrize("word", ["triton", "auto", "torch"])
+def test_what_is_left_to_the_compiler_says_why_unless_it_is_named(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("rms_norm", "add_rms_norm", "qk_norm_rope"):
+        monkeypatch.setitem(backend.triton_refusals, op, lambda device, dtype: None)
+    left = {"rms_norm": "it is fused", "add_rms_norm": "it is fused"}
+    kernels.set_backend(f"{word},add_rms_norm=triton", left_to_compiler=left)
+    assert kernels.choose("rms_norm", CPU, torch.bfloat16) == ("rms_norm", "torch", "it is fused")
+    assert kernels.choose("add_rms_norm", CPU, torch.bfloat16) == ("add_rms_norm", "triton", "asked for")
+    assert backend.requested_backend("qk_norm_rope") == word
+    kernels.set_backend("torch")
+    assert kernels.choose("rms_norm", CPU, torch.bfloat16).reason == "asked for"
+
+
 def test_on_a_cpu_the_reference_is_called_whatever_was_asked_for() -> None:
     kernels.set_backend("triton")
     x = randn(2, 3, 8, dtype=torch.float32).requires_grad_()

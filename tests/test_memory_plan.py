@@ -23,6 +23,7 @@ from vibechat.memory_plan import (
     values_per_channel,
 )
 from vibechat.scaling import model_config
+from vibechat.train_step import TrainStep
 
 H200 = 141_000_000_000  # bytes, as sold; torch sees 139.8 GiB of it
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -54,11 +55,13 @@ def kept_bytes(run: Callable[[GPT, Tensor], Tensor], layers: int, device: str, *
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def of_a_layer(run: Callable[[GPT, Tensor], Tensor], device: str = "cpu", *, matrices: int = 12) -> int:
-    """What one more layer keeps, but for its weights in the compute dtype (the plan has a line of its own): so many
+def of_a_layer(
+    run: Callable[[GPT, Tensor], Tensor], device: str = "cpu", *, matrices: int = 12, itemsize: int = 2, **kwargs: Any
+) -> int:
+    """What one more layer keeps, but for its weights in the dtype of matmuls (the plan has lines of their own): so many
     matrices of C x C, fewer where a kernel casts them itself."""
-    weights = 2 * matrices * GPTConfig(64, 512, 1, 2, 2, 256).n_embd ** 2
-    return kept_bytes(run, 3, device) - kept_bytes(run, 2, device) - weights
+    weights = itemsize * matrices * GPTConfig(64, 512, 1, 2, 2, 256).n_embd ** 2
+    return kept_bytes(run, 3, device, **kwargs) - kept_bytes(run, 2, device, **kwargs) - weights
 
 
 def planned_of_a_layer(form: str, **kwargs: Any) -> float:
@@ -120,6 +123,38 @@ def test_compiled_keeps_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None
     assert of_a_layer(run) == pytest.approx(planned_of_a_layer("compiled"), rel=TOLERANCE)
 
 
+def test_fp8_on_a_cpu_keeps_one_value_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's output is laid out head by head there, so that the rows that its projection reads are a copy."""
+    monkeypatch.setattr(attention, "_requested", "sdpa")
+
+    def run(model: GPT, ids: Tensor) -> Tensor:
+        torch._dynamo.reset()
+        model.set_fp8(True)
+        step = TrainStep(model, [])
+        compiled = torch.compile(step._eager_loss_sum, backend="aot_eager_decomp_partition", dynamic=False)
+        return compiled(ids, ids, step._cast_weights(2))
+
+    one = 16 * 64 * 256 * 2
+    assert of_a_layer(run, itemsize=1) == pytest.approx(planned_of_a_layer("fp8") + one, rel=TOLERANCE)
+
+
+def test_weights_in_fp8_are_planned_as_they_are_held() -> None:
+    config = GPTConfig(64, 512, 2, 2, 1, 256)
+    model = GPT(config)
+    model.set_compute_dtype(torch.bfloat16)
+    model.set_fp8(True)
+    tensors = TrainStep(model, [])._cast_weights(2)
+    held = {
+        name: sum(t.nbytes for t in tensors.values() if t.dtype == dtype)
+        for name, dtype in (
+            ("weights in the compute dtype", torch.bfloat16),
+            ("weights in fp8, and transposed", torch.float8_e4m3fn),
+        )
+    }
+    parts = memory_plan(config, 1, "fp8").parts
+    assert {name: parts[name] for name in held} == held
+
+
 @pytest.fixture
 def kernels_on_meta(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Each op that has a kernel takes it on the meta device, where only its shapes and what it keeps are known."""
@@ -166,8 +201,13 @@ def test_d26_with_32_rows_fits_an_h200_without_checkpointing() -> None:
     assert 0.95 * SHARE_USABLE * H200 < memory_plan(d26, 32, "eager").total < SHARE_USABLE * H200
     assert memory_plan(d26, 32, "vibechat", checkpointing=True).total < 0.5 * ours.total
     sizes = {form: largest_planned(d26, form, 256, CUDA, available=120_000_000_000) for form in FORMS}
-    assert sizes == {"eager": 16, "compiled": 32, "vibechat": 32}
-    assert {form: values_per_channel(form) for form in FORMS} == {"eager": 18, "compiled": 14, "vibechat": 14}
+    assert sizes == {"eager": 16, "compiled": 32, "vibechat": 32, "fp8": 32}
+    assert {form: values_per_channel(form) for form in FORMS} == {
+        "eager": 18,
+        "compiled": 14,
+        "vibechat": 14,
+        "fp8": 12,
+    }
 
 
 def test_a_plan_adds_up_and_says_so() -> None:

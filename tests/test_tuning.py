@@ -182,7 +182,9 @@ class Settings(SimpleNamespace):
         return None
 
 
-def said_when_a_run_starts(device: torch.device, spec: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def said_when_a_run_starts(
+    device: torch.device, spec: str, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> list[str]:
     lines: list[str] = []
     answers = {
         "compute_dtype": torch.bfloat16,
@@ -193,7 +195,7 @@ def said_when_a_run_starts(device: torch.device, spec: str, monkeypatch: pytest.
     for name, answer in answers.items():
         monkeypatch.setattr(base_run, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(base_run, "print0", lines.append)
-    run = SimpleNamespace(device=device, settings=Settings(kernels=spec))
+    run = SimpleNamespace(device=device, settings=Settings(kernels=spec, **settings))
     base_run.BaseRun._prepare_machine(run)  # type: ignore[arg-type]
     return lines
 
@@ -221,6 +223,18 @@ def test_a_measured_gpu_says_what_was_measured_and_gives_no_advice(
     (row,) = [line for line in lines if line.split()[0] == "qk_norm_rope"]
     assert row.split(maxsplit=1)[1] == "triton  the kernel measured 3.00x eager and 2.00x compiled"
     assert not [line for line in said_when_a_run_starts(gpu, "torch", monkeypatch) if "bench.tune" in line]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@needs_triton
+def test_in_fp8_the_table_says_why_norms_are_the_compilers(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, compile: bool
+) -> None:
+    lines = said_when_a_run_starts(gpu, "triton", monkeypatch, fp8=True, compile=compile)
+    rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
+    fused = "torch   in fp8 the compiler finds the largest number in the pass that makes the rows"
+    assert rows["rms_norm"] == rows["add_rms_norm"] == (fused if compile else "triton  asked for")
+    assert rows["qk_norm_rope"] == "triton  asked for"
 
 
 @pytest.mark.parametrize("measured", [False, True])

@@ -37,7 +37,7 @@ from vibechat.common import (
 from vibechat.dataloader import Loader
 from vibechat.dataset import open_dataset
 from vibechat.evaluation import Broken, FixedRows, comparison, prompts_for, write_samples
-from vibechat.fp8 import fp8_obstacle
+from vibechat.fp8 import LEFT_TO_COMPILER, fp8_obstacle
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend, tuning_advice
 from vibechat.micro_batch import check_memory, is_out_of_memory, largest_micro_batch, out_of_memory, plan_of
@@ -129,7 +129,8 @@ class BaseRun:
         seed_everything(self.settings.seed)
         dtype = compute_dtype(self.device)
         try:
-            set_backend(str(self.settings.kernels))
+            fused = LEFT_TO_COMPILER if self.settings.fp8 and self.settings.compile else None
+            set_backend(str(self.settings.kernels), left_to_compiler=fused)
             table = backend_table(self.device, dtype)
         except ValueError as error:
             raise UserError(f"--kernels {self.settings.kernels}: {error}") from error

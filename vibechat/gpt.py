@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vibechat.adamw import DistAdamW
 from vibechat.attention import attend
 from vibechat.common import compute_dtype
-from vibechat.fp8 import MULTIPLE, fp8_linear, fp8_relu2_mlp
+from vibechat.fp8 import MULTIPLE, Fp8Linear
 from vibechat.kernels import add_rms_norm, linear_cross_entropy, qk_norm_rope, relu2_mlp, rms_norm, rotary_tables
 from vibechat.muon import Muon
 
@@ -71,32 +71,40 @@ class KeyValueStore(Protocol):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; one matmul for q, k and v from three parameters."""
+    """Causal self-attention; one matmul for q, k and v from three parameters.
+
+    `w_qkv` is these three packed (H D + 2 K D, C), where a training step did that for all its micro-batches.
+    """
+
+    w_qkv: Tensor | None
 
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.fp8 = False
         kv_channels = config.n_kv_head * config.head_dim
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.c_k = nn.Linear(config.n_embd, kv_channels, bias=False)
         self.c_v = nn.Linear(config.n_embd, kv_channels, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.register_buffer("w_qkv", None, persistent=False)
+        self.fp8_qkv: Fp8Linear | None = None
+        self.fp8_proj: Fp8Linear | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KeyValueStore | None) -> Tensor:
         B, T, C = x.shape
-        w_qkv = torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)).to(x.dtype)
-        linear = fp8_linear if self.fp8 else F.linear
-        qkv = linear(x, w_qkv).view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
+        w_qkv = self.w_qkv
+        if w_qkv is None:
+            w_qkv = torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)).to(x.dtype)
+        qkv = (self.fp8_qkv or F.linear)(x, w_qkv).view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q, k = qk_norm_rope(q, k, cos, sin)
         if kv_cache is not None:
             k, v = kv_cache.insert_kv(self.layer_idx, k.transpose(1, 2), v.transpose(1, 2))
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         y = attend(q, k, v).reshape(B, T, C)
-        return linear(y, self.c_proj.weight.to(x.dtype))
+        return (self.fp8_proj or F.linear)(y, self.c_proj.weight.to(x.dtype))
 
 
 class MLP(nn.Module):
@@ -104,13 +112,15 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.fp8 = False
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.fp8_fc: Fp8Linear | None = None
+        self.fp8_proj: Fp8Linear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        mlp = fp8_relu2_mlp if self.fp8 else relu2_mlp
-        return mlp(x, self.c_fc.weight, self.c_proj.weight)
+        if self.fp8_fc is None or self.fp8_proj is None or not torch.is_grad_enabled():
+            return relu2_mlp(x, self.c_fc.weight, self.c_proj.weight)
+        return self.fp8_proj(self.fp8_fc(x, self.c_fc.weight).relu().square(), self.c_proj.weight)
 
 
 class Block(nn.Module):
@@ -189,7 +199,8 @@ class GPT(nn.Module):
         if on and (self.config.n_embd % MULTIPLE or kv_channels % MULTIPLE):
             raise ValueError(f"fp8: {self.config.n_embd} channels are not a multiple of {MULTIPLE}")
         for block in self.blocks():
-            block.attn.fp8 = block.mlp.fp8 = on
+            block.attn.fp8_qkv, block.attn.fp8_proj = (Fp8Linear() if on else None for _ in range(2))
+            block.mlp.fp8_fc, block.mlp.fp8_proj = (Fp8Linear() if on else None for _ in range(2))
 
     def blocks(self) -> Iterator[Block]:
         """The transformer blocks, in order."""
@@ -197,9 +208,26 @@ class GPT(nn.Module):
             assert isinstance(block, Block)
             yield block
 
-    def matmul_weights(self) -> dict[str, nn.Parameter]:
-        """The parameters that matmuls read, by name: what a training step casts once, and not at every use."""
-        return {name: p for name, p in self.named_parameters() if p is not self.transformer.wte.weight}
+    def matmul_weights(self) -> dict[str, tuple[Tensor, ...]]:
+        """What matmuls read, which a training step makes once and not at every use: {name: parameters, its rows}.
+
+        The names are those that torch.func.functional_call puts tensors in the place of.
+        """
+        weights: dict[str, tuple[Tensor, ...]] = {"lm_head.weight": (self.lm_head.weight,)}
+        for i, block in enumerate(self.blocks()):
+            at, attn, mlp = f"transformer.h.{i}", block.attn, block.mlp
+            weights[f"{at}.attn.w_qkv"] = (attn.c_q.weight, attn.c_k.weight, attn.c_v.weight)
+            weights[f"{at}.attn.c_proj.weight"] = (attn.c_proj.weight,)
+            weights[f"{at}.mlp.c_fc.weight"] = (mlp.c_fc.weight,)
+            weights[f"{at}.mlp.c_proj.weight"] = (mlp.c_proj.weight,)
+        return weights
+
+    def fp8_weights(self) -> dict[str, str]:
+        """{name of an `Fp8Linear`: name of its weight, of `matmul_weights`}; none without fp8."""
+        pairs = {"attn.fp8_qkv": "attn.w_qkv", "attn.fp8_proj": "attn.c_proj.weight"}
+        pairs |= {"mlp.fp8_fc": "mlp.c_fc.weight", "mlp.fp8_proj": "mlp.c_proj.weight"}
+        names = [f"transformer.h.{i}." for i, block in enumerate(self.blocks()) if block.mlp.fp8_fc is not None]
+        return {at + linear: at + weight for at in names for linear, weight in pairs.items()}
 
     def get_device(self) -> torch.device:
         """The device the model is on."""

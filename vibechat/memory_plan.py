@@ -7,6 +7,10 @@ For each token and layer the backward needs these values of C channels, in the c
                 +4  eager: q and k in fp32, which their norm is of
     MLP         4   the square of the hidden layer (4 C wide), alone
 
+In fp8 it is 12: the norms are computed again from the residual stream (2), the square from the hidden layer (4). That v
+is a view keeps q and k as they were before the rotation alive, 2 values that nobody reads again: to be rid of them v
+would have to be copied, or to come from a matmul of its own.
+
 With activation checkpointing a layer keeps its two inputs and one layer at a time has all of the above. The logits are
 never all there: a chunk of rows is, with what the softmax of it needs. Not counted: the context of the driver, the
 allocator's fragments (SHARE_USABLE leaves room for both), what the optimizer has for a moment when the activations are
@@ -22,7 +26,7 @@ import torch
 from vibechat.gpt import GPTConfig
 from vibechat.kernels import backend_table
 
-FORMS = ("eager", "compiled", "vibechat")
+FORMS = ("eager", "compiled", "vibechat", "fp8")
 LOGITS_BYTES = {"cuda": 512 * 2**20, "cpu": 16 * 2**20}  # of one chunk: linear_cross_entropy's workspace_mb
 SHARE_USABLE = 0.92
 LARGEST_ON_CPU = 8  # rows; larger ones were not faster there, and there is no need to fill the memory
@@ -47,6 +51,8 @@ class MemoryPlan:
 
 def values_per_channel(form: str) -> int:
     """How many values of each channel a layer keeps for each token, in the compute dtype."""
+    if form == "fp8":
+        return 12
     return 4 + (10 if form == "eager" else 6) + 4
 
 
@@ -65,7 +71,8 @@ def memory_plan(
     Args:
         config: its shape.
         micro_batch: rows.
-        form: "eager", "compiled" (torch.compile of the references) or "vibechat" (compiled, with kernels).
+        form: "eager", "compiled" (torch.compile of the references), "vibechat" (compiled, with kernels) or "fp8"
+            (compiled, the blocks' matmuls in fp8).
         itemsize: bytes of a value of the compute dtype.
         checkpointing: activation checkpointing, a block at a time.
         optimizer_bytes: of the optimizers' states; None: Muon for the matrices, AdamW for the rest.
@@ -90,6 +97,7 @@ def memory_plan(
             "gradients, fp32": 4 * (2 * V * C + matrices),
             "optimizer states, fp32": optimizer_bytes,
             "weights in the compute dtype": itemsize * (V * C + matrices) if itemsize != 4 else 0,
+            **({"weights in fp8, and transposed": 2 * matrices} if form == "fp8" else {}),
             "activations kept for the backward": activations,
             "one layer's activations in motion": tokens * 8 * C * itemsize,
             "embedding, last norm and its gradient": 5 * tokens * C * itemsize,
@@ -98,9 +106,11 @@ def memory_plan(
     )
 
 
-def form_of(*, compiled: bool, device: torch.device, dtype: torch.dtype) -> str:
+def form_of(*, compiled: bool, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> str:
     """The form of a step on a device, from what the kernels' table says."""
     chosen = {choice.op: choice.backend for choice in backend_table(device, dtype)}
+    if compiled and fp8:
+        return "fp8"
     if not compiled:
         return "eager" if chosen["qk_norm_rope"] == "torch" else "vibechat"
     return "vibechat" if "triton" in chosen.values() else "compiled"

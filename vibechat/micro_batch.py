@@ -27,7 +27,7 @@ def state_bytes(step: TrainStep) -> int:
 def plan_of(model: GPT, step: TrainStep, rows: int) -> MemoryPlan:
     """The memory plan of a step of this model, as it is compiled and with the kernels that run, at `rows` rows."""
     device = model.get_device()
-    form = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype)
+    form = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype, fp8=bool(model.fp8_weights()))
     return memory_plan(
         model.config,
         rows,
@@ -42,7 +42,7 @@ def plan_of(model: GPT, step: TrainStep, rows: int) -> MemoryPlan:
 def predicted_micro_batch(model: GPT, step: TrainStep, rows: int, free: int | None) -> int:
     """The largest power of two of rows, at least 1 and at most `rows`, whose plan `free` more bytes make room for."""
     device = model.get_device()
-    form = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype)
+    form = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype, fp8=bool(model.fp8_weights()))
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     return largest_planned(
         model.config,

@@ -69,7 +69,7 @@ class TrainStep:
 
     Args:
         model: `model(inputs, targets, loss_reduction="sum")` gives summed nats as a scalar tensor. If it has
-            `matmul_weights()`, {name: parameter}, those are cast to its `compute_dtype` once a step.
+            `matmul_weights()`, those are cast to its `compute_dtype` once a step, and rounded for its `fp8_weights()`.
         optimizers: together they own every parameter of the model.
         compile: run forward and backward through torch.compile. A compiler that fails costs one line and eager steps.
         cuda_graphs: have torch.compile replay CUDA graphs. A graph's outputs are overwritten by its next run, so that
@@ -110,23 +110,23 @@ class TrainStep:
         return call(self.model, weights, (inputs, targets), {"loss_reduction": "sum"})
 
     def _cast_weights(self, micro_batches: int) -> dict[str, Tensor]:
-        """This step's copies of the weights that matmuls read; none where that saves nothing.
+        """What this step's matmuls read in the place of the masters; nothing where that saves nothing.
 
         That is where matmuls run in the dtype of the parameters, and on a CPU with a single micro-batch, where the
         compiler fuses the casts with what stands around them (1% of a step at depth 4).
         """
         if micro_batches == 1 and self.parameters[0].device.type == "cpu":
             return {}
-        offer = getattr(self.model, "matmul_weights", None)
-        masters = offer() if offer else {}
+        masters: dict[str, tuple[Tensor, ...]] = getattr(self.model, "matmul_weights", dict)()
+        fp8: dict[str, str] = getattr(self.model, "fp8_weights", dict)()
         dtype = getattr(self.model, "compute_dtype", torch.float32)
-        if all(master.dtype == dtype for master in masters.values()):
+        if all(part.dtype == dtype for parts in masters.values() for part in parts):
             self._working = None
             return {}
-        if self._working is None or self._working.dtype != dtype:
-            self._working = WorkingWeights(masters, dtype)
+        if self._working is None or (self._working.dtype, self._working.fp8.keys()) != (dtype, fp8.keys()):
+            self._working = WorkingWeights(masters, dtype, fp8)
         self._working.refresh()
-        return self._working.copies
+        return self._working.tensors
 
     def __call__(
         self, micro_batches: Sequence[MicroBatch], lr_multiplier: float = 1.0, momentum: float | None = None

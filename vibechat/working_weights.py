@@ -1,48 +1,70 @@
-"""The copies of the weights that matmuls read, cast once a step, and their gradients, added up in float32.
+"""The copies of the weights that matmuls read, made once a step, and their gradients, added up in float32.
 
-Master weights are float32, matmuls run in bfloat16. A cast inside the forward would be made again for every
-micro-batch, and its backward would write each gradient out in float32 before it is added to the others: for N weights
-24 N bytes a micro-batch. Here the leaf that autograd knows is the bfloat16 copy. Its gradient, bfloat16 as the matmul
-made it, is added to the master's float32 gradient as soon as it is there, in one pass of 10 N bytes, and forgotten;
-the copies are made anew at the start of each step in one call, 6 N bytes. Rounding is the same either way.
+Master weights are float32, matmuls run in bfloat16, several parameters may be the rows of one matrix, and for fp8 they
+are rounded once more. Done inside the forward, that would be done again for every micro-batch, and the backward of the
+cast would write each gradient out in float32 before it is added to the others: for N weights 24 N bytes a micro-batch.
+Here the leaf that autograd knows is the bfloat16 copy. Its gradient, bfloat16 as the matmul made it, is added to the
+masters' float32 gradients as soon as it is there, in one pass of 10 N bytes, and forgotten; the copies are made anew at
+the start of each step in one call, 6 N bytes (11 N more in fp8). Rounding is the same either way.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from vibechat.fp8 import Fp8Weight, round_weights
 
 
 class WorkingWeights:
     """Copies of master weights in the dtype that matmuls run in.
 
     Args:
-        masters: parameters by name; their gradients are what backward leaves.
+        masters: {name of a copy: the parameters, matrices, whose rows it is}; their gradients are what backward leaves.
         dtype: of the copies.
+        fp8: {name of an `Fp8Linear`: name of the copy that it multiplies by}.
 
-    `copies` is what the model computes with (torch.func.functional_call), {name: tensor}.
+    `tensors` is what the model computes with (torch.func.functional_call), {name: tensor}: the copies, and the buffers
+    of each Fp8Linear.
     """
 
-    def __init__(self, masters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._masters = list(masters.values())
+    def __init__(
+        self, masters: Mapping[str, Sequence[Tensor]], dtype: torch.dtype, fp8: Mapping[str, str] | None = None
+    ) -> None:
         self.dtype = dtype
-        self.copies = {name: torch.empty_like(master, dtype=dtype) for name, master in masters.items()}
-        for master, copy in zip(self._masters, self.copies.values(), strict=True):
+        self.tensors: dict[str, Tensor] = {}
+        self._masters: list[Tensor] = []
+        self._rows: list[Tensor] = []  # of the copies, where each master goes
+        for name, parts in masters.items():
+            sizes = [part.size(0) for part in parts]
+            copy = torch.empty(sum(sizes), *parts[0].shape[1:], dtype=dtype, device=parts[0].device)
+            self._masters += parts
+            self._rows += copy.detach().split(sizes)
             copy.requires_grad_(True)
-            torch._dynamo.mark_static_address(copy)  # CUDA graphs read it where it is, and do not copy it in each time
-            copy.register_post_accumulate_grad_hook(functools.partial(_add_to_master, master))
+            copy.register_post_accumulate_grad_hook(functools.partial(_add_to_masters, parts))
+            self.tensors[name] = copy
+        self.fp8: dict[str, tuple[Tensor, Fp8Weight]] = {}
+        for linear, name in (fp8 or {}).items():
+            copy, rounded = self.tensors[name], Fp8Weight.like(self.tensors[name])
+            self.fp8[linear] = copy, rounded
+            self.tensors |= {f"{linear}.{field}": tensor for field, tensor in rounded._asdict().items()}
+        for tensor in self.tensors.values():
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs then read it where it is, without a copy
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast every master, in one call. Before the first micro-batch of a step."""
-        torch._foreach_copy_(list(self.copies.values()), self._masters)
+        """Make everything from the masters. Before the first micro-batch of a step."""
+        torch._foreach_copy_(self._rows, self._masters)
+        if self.fp8:
+            round_weights(*zip(*self.fp8.values(), strict=True))
 
 
-def _add_to_master(master: Tensor, copy: Tensor) -> None:
+def _add_to_masters(masters: Sequence[Tensor], copy: Tensor) -> None:
     gradient, copy.grad = copy.grad, None
     assert gradient is not None
-    if master.grad is None:
-        master.grad = gradient.to(master.dtype)
-    else:
-        master.grad.add_(gradient)
+    for master, rows in zip(masters, gradient.split([master.size(0) for master in masters]), strict=True):
+        if master.grad is None:
+            master.grad = rows.to(master.dtype)
+        else:
+            master.grad.add_(rows)

@@ -10,7 +10,7 @@ exceptions: `auto,relu2_mlp=torch`.
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ NEVER_MEASURED = "the kernel was never measured on this device (--kernels triton
 triton_refusals: dict[str, Callable[[torch.device, torch.dtype], str | None]] = {}
 
 _requested: dict[str, str] = {}  # op -> backend asked for by set_backend; empty before
+_left: dict[str, str] = {}  # op -> why set_backend left it to the compiler
 _decided: dict[tuple[str, str | None, torch.device, torch.dtype], bool] = {}  # what takes_kernel found out
 _said: set[tuple[str, str]] = set()  # fallbacks that have had their line
 
@@ -40,15 +41,24 @@ class Choice(NamedTuple):
     reason: str
 
 
-def set_backend(spec: str) -> None:
+def set_backend(spec: str, *, left_to_compiler: Mapping[str, str] | None = None) -> None:
     """Ask for backends: one of `auto`, `triton`, `torch`, optionally with exceptions, `auto,rms_norm=torch`.
 
     `triton` alone means every op that has a kernel; `op=triton` insists on that one.
 
+    Args:
+        spec: the backends.
+        left_to_compiler: {op: why} of ops that run as plain PyTorch, unless `spec` names them: where the compiler
+            joins them to something that a kernel would keep it from.
+
     Raises:
         ValueError: naming the word that is no backend or no op.
     """
-    _requested.update(_parse(spec))
+    requested = _parse(spec)
+    named = {word.partition("=")[0].strip() for word in spec.split(",") if "=" in word}
+    _left.clear()
+    _left.update({op: why for op, why in (left_to_compiler or {}).items() if op not in named})
+    _requested.update(requested | dict.fromkeys(_left, "torch"))
 
 
 def _parse(spec: str) -> dict[str, str]:
@@ -80,7 +90,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """
     requested = requested_backend(op)
     if requested == "torch":
-        return Choice(op, "torch", "asked for")
+        return Choice(op, "torch", _left.get(op, "asked for"))
     refusal = triton_refusals[op](device, dtype) if op in triton_refusals else "this version has no kernel for it"
     if refusal is None and requested == "triton":
         return Choice(op, "triton", "asked for")
