@@ -1,13 +1,17 @@
 """`attend` against softmax(q k^T) v written out, in every way that it may run, and what it says that it runs."""
 
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +29,7 @@ def nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     attention._order.close()
     attention._prepared.clear()
+    attention._packaged.clear()
 
 
 @pytest.fixture
@@ -266,6 +271,42 @@ def test_flex_attention_is_softmax_attention(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(attend(q, k, v, **mask), written_out(q, k, v, **mask))
 
 
+def masks_in_graphs(mask: dict[str, Any], layers: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often a block mask is made in the graphs of a training step of so many layers, after AOTAutograd."""
+    monkeypatch.setattr(attention, "_takes_flex", lambda q, masked: True)
+    monkeypatch.setattr(attention, "_blocked_is_faster", lambda q: False)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # it refuses CPUs
+    sorts: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        sorts.append(sum(node.target is torch.ops.aten.sort.stable for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    def several(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+        for _ in range(layers):
+            q = attend(q, k, v, **mask)
+        return q
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(several, backend=backend, fullgraph=True)
+    q, k, v = (x.float().requires_grad_() for x in qkv(128, 128, 2, 2))
+    for _ in range(2):
+        compiled(q, k, v, **mask).sum().backward()
+    assert len(sorts) == 2  # forward and backward, once
+    assert sum(sorts) % 4 == 0  # the keys of each query and the queries of each key, of full blocks and of others
+    return sum(sorts) // 4
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_graph_has_its_block_masks_made_before_or_once(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of windows are made when it is compiled, that of documents once in each run, for all layers; no break."""
+    monkeypatch.setattr(attention, "_windows", attention._Windows())
+    assert masks_in_graphs({"window": 5}, layers, monkeypatch) == 0
+    assert len(vars(attention._windows)) == 1
+    assert masks_in_graphs({"documents": torch.arange(256).view(2, 128) // 40}, layers, monkeypatch) == 1
+
+
 def test_block_masks_are_kept() -> None:
     documents = torch.zeros(1, 128, dtype=torch.long)
     assert block_mask(128, 5, None, CPU) is block_mask(128, 5, None, CPU)
@@ -375,6 +416,162 @@ def test_a_newer_flash_attention_is_used_where_it_is_installed(
     assert attention_backend(GPU).startswith("flash-attention 4, asked for")
     attention_backend(GPU)
     assert activated == ["FA4"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the package of flash-attention 2, of which only what it promises is here
+
+
+class Package:
+    """flash_attn: (B, T, H, D), grouped heads, causal masks and windows aligned at the last query and the last key."""
+
+    __version__ = "2.8.3"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def flash_attn_func(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        deterministic: bool = False,
+    ) -> Tensor:
+        self.calls.append("deterministic" if deterministic else "func")
+        lengths = torch.full((q.size(0),), k.size(1))
+        return self._attend(q, k, v, lengths, causal, window_size)
+
+    def flash_attn_with_kvcache(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        cache_seqlens: Tensor,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        assert cache_seqlens.dtype == torch.int32
+        self.calls.append("cache")
+        return self._attend(q, k_cache, v_cache, cache_seqlens, causal, window_size)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool, window_size: tuple[int, int]
+    ) -> Tensor:
+        left, right = window_size
+        right = 0 if causal else right
+        key = torch.arange(k.size(1)).view(1, 1, -1)
+        at = (torch.arange(q.size(1)) - q.size(1)).view(1, -1, 1) + lengths.view(-1, 1, 1)
+        seen = (key < lengths.view(-1, 1, 1)) & ((key <= at + right) | (right < 0)) & ((key >= at - left) | (left < 0))
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / q.size(-1) ** 0.5
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> Package:
+    """It is installed and preferred."""
+    fake = Package()
+    monkeypatch.setattr(attention, "_flash_attn", fake)
+    monkeypatch.setattr(attention, "_takes_package", lambda q: True)
+    return fake
+
+
+@pytest.mark.parametrize(("T", "S"), [(9, 9), (1, 9), (4, 9)], ids=["training", "decoding", "chunk"])
+@pytest.mark.parametrize("window", [None, 1, 3, 20], ids=str)
+def test_the_package_is_asked_for_the_same_attention(T: int, S: int, window: int | None, package: Package) -> None:
+    assert_same(qkv(T, S, 4, 2), window=window)
+    assert package.calls == ["func"]
+    documents = torch.arange(2 * S).view(2, S) // 4
+    assert_same(qkv(T, S, 4, 2), window=window, documents=documents)
+    assert package.calls == ["func"]  # it has none
+
+
+@pytest.mark.parametrize("window", [None, 2], ids=str)
+def test_the_package_decodes_ragged_lengths_but_has_no_gradient_there(window: int | None, package: Package) -> None:
+    q, k, v = qkv(2, 9, 4, 2)
+    lengths = torch.tensor([3, 9])
+    y = attend(q, k, v, lengths=lengths, window=window)
+    torch.testing.assert_close(y, written_out(q, k, v, lengths=lengths, window=window))
+    assert package.calls == ["cache"]
+    assert_same((q, k, v), lengths=lengths, window=window)
+    assert package.calls == ["cache"]
+
+
+def test_the_package_is_told_to_be_deterministic(package: Package) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        attend(*qkv(4, 4, 2, 2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert package.calls == ["deterministic"]
+
+
+def test_the_package_breaks_no_graph(package: Package) -> None:
+    torch._dynamo.reset()
+    q, k, v = (x.float() for x in qkv(8, 8, 4, 2))
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v, window=3), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), written_out(q, k, v, window=3))
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object() if name == "flash_attn" else None)
+    monkeypatch.setattr(attention, "_flash_attn", None)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_the_package_runs_where_flash_attention_does(
+    cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    installed(monkeypatch, Package())
+    cuda.update(capability=capability, takes=SDPBackend.FLASH_ATTENTION)
+    set_attention("flash")
+    assert attention_backend(GPU) == "flash-attention 2.8.3 (flash_attn), asked for; FlexAttention for documents"
+    assert attention._package_is_preferred("flash", GPU, torch.bfloat16, 128)
+    set_attention("auto")
+    assert attention._package_is_preferred("auto", GPU, torch.bfloat16, 128)  # cuDNN cannot, say
+    cuda["takes"] = SDPBackend.CUDNN_ATTENTION
+    attention._packaged.clear()
+    assert not attention._package_is_preferred("auto", GPU, torch.bfloat16, 128)
+    assert attention_backend(GPU) == "cuDNN; FlexAttention for windows and documents"
+    for other in ("sdpa", "efficient", "math"):
+        assert not attention._package_is_preferred(other, GPU, torch.bfloat16, 128)
+
+
+def test_flash_attention_3_and_4_come_first(cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, Package())
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", lambda name: None)
+    cuda["takes"] = SDPBackend.FLASH_ATTENTION
+    set_attention("flash")
+    assert attention_backend(GPU).startswith("flash-attention 3, asked for; FlexAttention for windows")
+    assert not attention._package_is_preferred("flash", GPU, torch.bfloat16, 128)
+
+
+def test_a_package_that_is_too_old_or_a_part_of_4_is_not_taken(
+    cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda["takes"] = SDPBackend.FLASH_ATTENTION
+    set_attention("flash")
+    installed(monkeypatch, types.ModuleType("flash_attn"))
+    assert attention_backend(GPU).startswith("flash-attention 2, asked for")
+    attention._order.close()
+    attention._prepared.clear()
+    old = Package()
+    old.__version__ = "2.5.8"  # type: ignore[misc]
+    installed(monkeypatch, old)
+    with pytest.warns(
+        UserWarning, match=r"flash_attn is installed but cannot be used: it is 2\.5\.8, and 2\.7 is needed"
+    ):
+        assert attention_backend(GPU).startswith("flash-attention 2, asked for")
 
 
 def test_a_flash_attention_that_cannot_be_used_costs_a_line(

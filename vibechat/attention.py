@@ -5,8 +5,8 @@ or prefill, T = 1 is a decoding step, and anything between is a chunk of a promp
 
 What runs, unless `set_attention` or $VIBECHAT_ATTENTION says otherwise:
 
-    CUDA, 9.0 and later    cuDNN, else flash-attention (3 or 4 if it is installed, else PyTorch's own 2), else the rest
-    CUDA, older            PyTorch's own order, flash-attention 2 first
+    CUDA, 9.0 and later    cuDNN, else flash-attention (3, 4 or 2 if installed, else PyTorch's own 2), else the rest
+    CUDA, older            PyTorch's own order, flash-attention 2 first, and the package of it if it is installed
     CUDA, sliding window   FlexAttention, with a cached block mask, which skips the blocks that nobody sees; for
       or documents         decoding and chunks a masked F.scaled_dot_product_attention on the keys within the window
     CPU, compiled training attention_blocked
@@ -19,12 +19,13 @@ torch.nn.attention.sdpa_kernel takes 45 us of Python, and what torch.compile tra
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
 import weakref
 from collections.abc import Callable, Generator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +49,18 @@ ORDERS: dict[str, tuple[SDPBackend, ...] | None] = {
     "flex": (CUDNN, FLASH, EFFICIENT, MATH),
     "sdpa": None,
 }
-# Packages that replace PyTorch's own flash-attention 2, by the compute capability's major number.
-FLASH_PACKAGES = {9: (("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute")), 10: (("FA4", "flash_attn.cute"),)}
+# Packages that replace PyTorch's own flash-attention 2, by the compute capability's major number. 3 and 4 PyTorch calls
+# in its place; the package of 2 is called here, and needs FlexAttention for documents alone.
+_FA2, _FA3, _FA4 = ("FA2", "flash_attn"), ("FA3", "flash_attn_interface"), ("FA4", "flash_attn.cute")
+FLASH_PACKAGES = {8: (_FA2,), 9: (_FA3, _FA4, _FA2), 10: (_FA4, _FA2), 12: (_FA2,)}
+OLDEST_FA2 = (2, 7)  # which torch.compile can trace
+WIDEST_FA2 = 256  # channels of a head
 STEADY = 128  # cuDNN builds a plan for each new shape, Flex a kernel; lengths that grow token by token would need many
 
 _requested: str | None = None  # what set_attention asked for
 _prepared: dict[tuple[str, str], str] = {}  # (request, kind of device) -> the flash-attention in use there
+_flash_attn: Any = None  # the package of flash-attention 2, where it was found and can be used
+_packaged: dict[tuple[str, torch.device, torch.dtype, int], bool] = {}  # what _takes_package found out
 _order = contextlib.ExitStack()  # holds the order that is in force
 
 
@@ -94,6 +101,8 @@ def attend(
     T, S = q.size(1), k.size(1)
     if window is not None and window >= S:
         window = None
+    if documents is None and _takes_package(q) and not (lengths is not None and q.requires_grad):
+        return _package(q, k, v, window, lengths)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     grouped = q.size(1) != k.size(1)
     masked = window is not None or documents is not None or lengths is not None
@@ -171,6 +180,36 @@ def _blocked_is_faster(q: Tensor) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the package of flash-attention 2 (Dao 2023, arXiv 2307.08691), which has windows and ragged lengths of its own
+
+
+def _takes_package(q: Tensor) -> bool:
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.size(-1) > WIDEST_FA2:
+        return False
+    return _package_is_preferred(_requested, q.device, q.dtype, q.size(-1))
+
+
+@torch.compiler.assume_constant_result
+def _package_is_preferred(requested: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether it is installed, and PyTorch would take its own flash-attention 2 there."""
+    key = (requested_attention(requested), device, dtype, head_dim)
+    if key not in _packaged:
+        asked_for = key[0] in ("auto", "flash") and _prepare(requested, device) not in ("2", "3", "4")
+        _packaged[key] = asked_for and _chosen(device, dtype, head_dim) == FLASH
+    return _packaged[key]
+
+
+def _package(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: Tensor | None) -> Tensor:
+    """On (B, T, H, D), as `attend` takes them; causal masks are aligned at the last query and the last key."""
+    reach = (-1, -1) if window is None else (window - 1, 0)  # keys before and after a query's own
+    if lengths is not None:
+        filled = lengths.to(torch.int32)
+        return _flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=filled, causal=True, window_size=reach)
+    exactly = torch.are_deterministic_algorithms_enabled()
+    return _flash_attn.flash_attn_func(q, k, v, causal=True, window_size=reach, deterministic=exactly)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # FlexAttention (Dong et al. 2024, arXiv 2412.05496)
 
 
@@ -183,10 +222,10 @@ def _takes_flex(q: Tensor, masked: bool) -> bool:
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None) -> Tensor:
     """FlexAttention on (B, H, T, D), compiled; inside a compiled model it becomes part of that graph."""
     grouped = q.size(1) != k.size(1)
-    if torch.compiler.is_compiling():  # equal masks of several layers are made once: the compiler merges them
-        mask = _block_mask(q.size(2), window, documents, q.device)
-        return cast(Tensor, flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped))
-    return _compiled_flex()(q, k, v, block_mask=block_mask(q.size(2), window, documents, q.device), enable_gqa=grouped)
+    mask = block_mask(q.size(2), window, documents, q.device)
+    compiling = torch.compiler.is_compiling()
+    flex = flex_attention if compiling else _compiled_flex()
+    return cast(Tensor, flex(q, k, v, block_mask=mask, enable_gqa=grouped))
 
 
 @functools.cache
@@ -215,14 +254,32 @@ class _Kept(NamedTuple):
     mask: BlockMask
 
 
-_window_mask = functools.lru_cache(maxsize=8)(_block_mask)
+class _Windows:
+    """Its attributes are the block masks of windows: what torch.compile finds there is an input of its graph."""
+
+
+_windows = _Windows()
 _kept: list[_Kept] = []
 
 
+@torch.compiler.assume_constant_result
+def _window_mask(T: int, window: int | None, device: torch.device) -> str:
+    """The name of the attribute of `_windows` that is this mask; made if it is not there yet."""
+    name = f"of_{T}_{window}_{device}"
+    if not hasattr(_windows, name):
+        setattr(_windows, name, _block_mask(T, window, None, device))
+    return name
+
+
 def block_mask(T: int, window: int | None, documents: Tensor | None, device: torch.device) -> BlockMask:
-    """The block mask of T queries and keys, made once for each (T, window) and once for each tensor of documents."""
+    """The block mask of T queries and keys, made once for each (T, window) and once for each tensor of documents.
+
+    In a graph that torch.compile makes, that of documents is made there, and equal ones of several layers are merged.
+    """
     if documents is None:
-        return _window_mask(T, window, None, device)
+        return cast(BlockMask, getattr(_windows, _window_mask(T, window, device)))
+    if torch.compiler.is_compiling():
+        return _block_mask(T, window, documents, device)
     if _kept:
         kept = _kept[0]
         if kept.documents() is documents and (kept.version, kept.window) == (documents._version, window):
@@ -278,7 +335,8 @@ def attention_backend(device: torch.device, dtype: torch.dtype = torch.bfloat16,
         raise UserError(f"--attention {way}: PyTorch cannot use it here{why} (it takes {NAMES[chosen]}); use auto")
     name = f"flash-attention {flash}" if chosen == FLASH else NAMES[chosen]
     said = "" if way == "auto" else ", asked for" if way != "sdpa" else ", PyTorch's own choice"
-    return f"{name}{said}; FlexAttention for windows and documents"
+    packaged = _package_is_preferred(_requested, device, dtype, head_dim)
+    return f"{name}{said}; FlexAttention for {'' if packaged else 'windows and '}documents"
 
 
 def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int) -> SDPBackend:
@@ -294,6 +352,7 @@ def _prepare(requested: str | None, device: torch.device) -> str:
     if (way, device.type) not in _prepared and (device.type == "cuda" or way == "math"):
         _order.close()
         _prepared.clear()
+        _packaged.clear()
         order = ORDERS[way]
         old = way == "auto" and torch.cuda.get_device_capability(device) < (9, 0)
         if order is not None and not old:
@@ -304,13 +363,22 @@ def _prepare(requested: str | None, device: torch.device) -> str:
 
 
 def _newest_flash(device: torch.device) -> str:
-    """Have PyTorch's flash backend run a newer package if one is installed; returns its number."""
+    """Have PyTorch's flash backend run a newer package if one is installed, or find that of 2; returns its number."""
+    global _flash_attn
     for name, module in FLASH_PACKAGES.get(torch.cuda.get_device_capability(device)[0], ()):
         try:
             if importlib.util.find_spec(module) is None:
                 continue
-            activate_flash_attention_impl(name)
-            return name.removeprefix("FA")
+            if name != "FA2":
+                activate_flash_attention_impl(name)
+                return name.removeprefix("FA")
+            package = importlib.import_module(module)
+            if hasattr(package, "flash_attn_func"):  # without it the directory is a part of 4
+                version = str(package.__version__)
+                if tuple(map(int, version.split(".")[:2])) < OLDEST_FA2:
+                    raise ImportError(f"it is {version}, and {OLDEST_FA2[0]}.{OLDEST_FA2[1]} is needed")
+                _flash_attn = package
+                return f"{version} (flash_attn)"
         except ModuleNotFoundError:
             continue
         except Exception as error:  # a package that was built for something else fails in its own ways
