@@ -35,9 +35,12 @@ import torch
 from bench import baseline
 from bench.implementations import DidNotFit, Worker, serve
 from bench.measure import provenance, publish, results_directory
+from bench.ops.newton_schulz import matrices
+from bench.shapes import Model
 from bench.waterfall import kernel_lines, waterfall_lines
 from vibechat.common import UserError, autodetect_device_type
 from vibechat.gpt import GPTConfig
+from vibechat.kernels.cost import newton_schulz_flops
 from vibechat.memory_plan import FORMS, largest_planned
 from vibechat.scaling import model_config
 
@@ -230,6 +233,45 @@ def print_run(run: dict[str, Any]) -> None:
     facts = next((one["facts"] for one in run["runs"] if "peak_flops" in one["facts"]), None)
     if facts:
         print(f"\nMFU is of {facts['peak_flops'] / 1e12:.4g} TFLOP/s in {facts['dtype']}: {facts['peak_is']}")
+    for line in optimizer_lines(run):
+        print(line)
+
+
+ORTHOGONALIZATIONS = {  # restarts on 4:1 matrices (-1: standard form), and whether a symmetric product costs half
+    "standard form": (-1, False),
+    "4:1 in Gram form, two restarts": (2, False),
+    "the same with triangles": (2, True),
+    "one restart, with triangles": (1, True),
+}
+
+
+def optimizer_lines(run: dict[str, Any]) -> list[str]:
+    """The optimizer's share of vibechat's step, and what orthogonalization must take of it: its FLOPs at the peak."""
+    ours = [one for one in run["runs"] if one["implementation"] == "vibechat" and one["rounds"]]
+    if not ours:
+        return []
+    one, work = ours[-1], run["workload"]
+    step = statistics.median(each["seconds"] for each in one["rounds"])
+    channels = model_config(work["depth"], work["max_seq_len"], work["vocab_size"]).n_embd
+    square, wide = (matrices(Model(work["depth"], channels, 1), form) for form in (False, True))
+    passes = work["total_batch_size"] * one["facts"]["flops_per_token"]
+    head = f"{'GFLOP':>9}{'of fwd + bwd':>14}{'ms at peak':>12}{'of the step':>13}"
+    lines = [f"\n{'newton_schulz of every matrix':<32}{head}"]
+    for form, (restarts, symmetric) in ORTHOGONALIZATIONS.items():
+        flops = newton_schulz_flops(*square, symmetric=symmetric)
+        flops += newton_schulz_flops(*wide, symmetric=symmetric, restarts=restarts)
+        seconds = flops / one["facts"]["peak_flops"]
+        shares = f"{100 * flops / passes:>13.1f}%{1e3 * seconds:>12.1f}{100 * seconds / step:>12.1f}%"
+        lines.append(f"{form:<32}{flops / 1e9:>9.1f}{shares}")
+    if run["machine"]["device_type"] == "cuda":  # where the host's phases are those of launching
+        taken = [one["waterfall"]["optimizer"]] if "optimizer" in one["waterfall"] else []
+    else:
+        taken = [each["phases"]["optimizer"] for each in one["rounds"] if "phases" in each]
+    if taken:
+        measured = statistics.median(taken)
+        what = "the whole optimizer, measured"
+        lines.append(f"{what:<32}{'':>23}{1e3 * measured:>12.1f}{100 * measured / step:>12.1f}%")
+    return lines
 
 
 def judge(args: argparse.Namespace, run: dict[str, Any], path: Path) -> int:

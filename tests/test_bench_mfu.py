@@ -1,6 +1,7 @@
 """The training benchmark: its arithmetic on recorded runs, and a real run small enough for a test."""
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -81,6 +82,29 @@ def test_ratios_are_medians_over_rounds(run: Callable[..., Any]) -> None:
     assert "500.000 ms     3x  matmul mlp                nvjet_hsh" in output
     assert "0.064 TFLOP/s in float32: as recorded" not in output
     assert "6.4e-08 TFLOP/s in float32: as recorded" in output
+
+
+def test_what_the_optimizer_takes_stands_beside_what_its_flops_must_take() -> None:
+    """16 matrices of 256 x 256 and 8 of 256 x 1024, each so many times 256^3; steps of 235.5 ms at 1.46 TFLOP/s."""
+    recorded = json.loads((Path(__file__).parent / "recorded_mfu.json").read_text())
+    rows = {line[:32].strip(): line[32:].split() for line in mfu.optimizer_lines(recorded)[1:]}
+    one = next(one for one in recorded["runs"] if one["implementation"] == "vibechat")
+    passes = 4096 * one["facts"]["flops_per_token"]
+    step = statistics.median(each["seconds"] for each in one["rounds"])
+    for (form, said), multiple in zip(
+        rows.items(), (16 * 30 + 8 * 90, 16 * 30 + 8 * 70, 16 * 20 + 8 * 47), strict=False
+    ):
+        flops = multiple * 256**3
+        share = flops / one["facts"]["peak_flops"] / step
+        assert said[0] == f"{flops / 1e9:.1f}", form
+        assert said[1] == f"{100 * flops / passes:.1f}%"
+        assert said[3] == f"{100 * share:.1f}%"
+    taken = statistics.median(each["phases"]["optimizer"] for each in one["rounds"])
+    assert rows["the whole optimizer, measured"] == [f"{1e3 * taken:.1f}", f"{100 * taken / step:.1f}%"]
+    recorded["machine"]["device_type"] = "cuda"
+    said = mfu.optimizer_lines(recorded)[-1].split()
+    assert said[-2] == f"{1e3 * one['waterfall']['optimizer']:.1f}", "the host's phases, and not the device's"
+    assert mfu.optimizer_lines(recorded | {"runs": []}) == []
 
 
 def test_everyone_is_measured_where_all_fit_and_at_its_own_best(run: Callable[..., Any]) -> None:

@@ -83,7 +83,8 @@ def gram_form(x: Tensor, steps: int) -> Tensor:
             if step + 1 < span:
                 gram = z @ gram @ z
         assert product is not None
-        x = product @ x
+        # a tall stack that was turned stays as it lies: product is symmetric, but for its rounding
+        x = (x.mT @ product).mT if x.stride(-1) != 1 else product @ x
     return x
 
 
