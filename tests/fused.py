@@ -121,7 +121,7 @@ def _schedule(graph: GraphModule, inputs: list[Tensor], options: dict[str, Any])
 def _node(node: Any) -> Node:
     made = node.node
     layout = getattr(made, "layout", None)
-    shaped = layout is not None and hasattr(layout, "size")
+    shaped = hasattr(layout, "size") and hasattr(layout, "dtype")
     return Node(
         node.get_name().replace("op", "buf", 1),
         frozenset(dependency.name for dependency in node.read_writes.reads),

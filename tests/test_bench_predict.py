@@ -14,13 +14,12 @@ from bench.waterfall import CATEGORIES
 from vibechat.gpt import GPT
 from vibechat.kernels import linear_cross_entropy
 from vibechat.kernels.cost import loss_cost
-from vibechat.memory_plan import FORMS
 from vibechat.scaling import model_config
 
 D26 = model_config(26, 2048, 65_536)
 
 
-@given(st.integers(1, 30), st.integers(1, 64), st.sampled_from(FORMS), st.floats(0.5, 1))
+@given(st.integers(1, 30), st.integers(1, 64), st.sampled_from(predict.FORMS), st.floats(0.5, 1))
 def test_a_prediction_adds_up_and_is_slower_where_matmuls_are(depth: int, rows: int, form: str, share: float) -> None:
     config = model_config(depth, 2048, 65_536)
     best, real = (predict.predict(config, rows, form, matmul_share=s) for s in (1.0, share))
@@ -60,7 +59,7 @@ def test_the_roofline_of_d26_as_the_field_has_it() -> None:
 
 def test_the_bars_are_within_what_is_predicted() -> None:
     """58% causal MFU and 1.35 times eager, with matmuls at 90% of the large one; the 58% with the fused MLP alone."""
-    found = {form: predict.predict(D26, 16, form, matmul_share=0.9) for form in FORMS}
+    found = {form: predict.predict(D26, 16, form, matmul_share=0.9) for form in predict.FORMS}
     assert predict.predict(D26, 16, "vibechat", matmul_share=0.9, fused_mlp=True).mfu() > 0.58
     assert found["eager"].seconds / found["vibechat"].seconds > 1.35
     assert found["compiled"].seconds / found["vibechat"].seconds > 1.0
@@ -79,7 +78,9 @@ def test_what_the_loss_moves_is_counted() -> None:
 
 
 def test_the_fused_mlp_is_vibechats_alone() -> None:
-    both = {form: [predict.predict(D26, 16, form, fused_mlp=fused) for fused in (False, True)] for form in FORMS}
+    both = {
+        form: [predict.predict(D26, 16, form, fused_mlp=fused) for fused in (False, True)] for form in predict.FORMS
+    }
     changed = {form: plain.seconds != fused.seconds for form, (plain, fused) in both.items()}
     assert changed == {"eager": False, "compiled": False, "vibechat": True}
 
