@@ -9,6 +9,8 @@ take turns, and one that runs out of memory costs the others nothing.
 import argparse
 import contextlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench import plain_gpt
 from bench.waterfall import STEP, Shapes, TraceClock, kernels_by_name, read_trace, timeline, waterfall
 from vibechat.common import UserError, compile_obstacle, compute_dtype, keep_freed_memory
-from vibechat.fp8 import LEFT_TO_COMPILER, fp8_obstacle
+from vibechat.fp8 import LEFT_TO_COMPILER
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend
 from vibechat.scaling import plan
@@ -86,11 +88,11 @@ class TrainerWork:
             num_iterations=10**6,
         )
         torch.manual_seed(0)
-        model = GPT(run.model_config).to(device)
+        with torch.device("meta"):  # a billion numbers that init_weights replaces
+            model = GPT(run.model_config)
+        model.to_empty(device=device)
         model.init_weights()
         model.activation_checkpointing = args.activation_checkpointing
-        if fp8 and (obstacle := fp8_obstacle(device, compute_dtype(device))):
-            raise UserError(f"fp8: {obstacle}; leave it out of --only")
         model.set_fp8(fp8)
         self.shapes = Shapes.of(run.model_config, args.micro_batch)
         self.most_kernels: int = args.kernels_by_name
@@ -252,14 +254,22 @@ class DidNotFit(Exception):
 
 
 class Worker:
-    """A process that runs one implementation. Raises DidNotFit, or UserError with the last thing that it said."""
+    """A process that runs one implementation. Raises DidNotFit, or UserError with the last thing that it said.
+
+    As a context it ends with it: at its own pace, or at once, compilers and all, where an exception ends the context.
+    """
 
     def __init__(self, name: str, argv: list[str], micro_batch: int) -> None:
         self.name = name
         self._errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         command = [sys.executable, "-m", "bench.mfu", *argv, "--worker", name, "--micro-batch", str(micro_batch)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,  # Ctrl-C is the parent's to hear
         )
         self.facts: dict[str, Any] = {}
 
@@ -275,15 +285,17 @@ class Worker:
         """Where one step went, as Work has it."""
         return self._ask("waterfall")
 
-    def close(self) -> None:
-        """Let it go, however it is."""
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._process.stdin:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=0 if kind else 10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         if self._process.stdout:
             self._process.stdout.close()

@@ -4,12 +4,13 @@
     eager     vibechat's trainer, references only, without torch.compile
     compiled  vibechat's trainer under torch.compile, references only
     vibechat  vibechat's trainer as it trains: torch.compile, with the kernels that --kernels chooses
-    fp8       the same with --fp8 (Hopper and later, and only where --only names it)
+    fp8       the same with --fp8 (only where --only names it, and left out where the device cannot: Hopper can)
 
-Each runs in a process of its own, and one that runs out of memory costs the others nothing. All are measured at the
-largest micro-batch that all fit, and each at the largest that it fits itself. On a CPU they take turns round by round,
-so that a slow minute of the machine falls on all of them; on a GPU, where two do not fit, they come one after another.
-A ratio is the median over rounds of (the other's seconds / ours in the same round).
+Each runs in a process of its own, and one that fails or runs out of memory costs the others nothing. All are measured
+at the largest micro-batch that all fit (or --common-batch-size), then each, in the order of --only, at the largest that
+it fits itself. On a CPU they take turns round by round, so that a slow minute of the machine falls on all of them; on a
+GPU, where two do not fit, they come one after another. A ratio is the median over rounds of (the other's seconds / ours
+in the same round).
 
 MFU = FLOPs a token x tokens a second / peak. The peak is the data sheet's dense bf16 rate where the device is known,
 else what a 4096-cubed matmul in the compute dtype reaches in the same process. `mfu` counts causal attention, `mfu
@@ -18,15 +19,18 @@ full` all T x T of it, as nanochat does. The waterfall (bench/waterfall.py) is o
 
 `--check` holds the run against bench/baselines/<device>.json and exits 1 below it (bench/baseline.py);
 `--write-baseline --who NAME --why TEXT` changes that file; both take a run that was measured elsewhere with --recorded
-FILE. Each result goes to $OUT/mfu.json (default bench/results/<device>/mfu.json) when it is known; `--json` prints it.
+FILE. Each round goes to $OUT/mfu.json (default bench/results/<device>/mfu.json) when it is known; `--json` prints it.
+Ctrl-C (SIGINT) ends it at once, with a table of what was measured so far and exit status 130.
 """
 
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,8 @@ from bench.measure import provenance, publish, results_directory
 from bench.ops.newton_schulz import matrices
 from bench.shapes import Model
 from bench.waterfall import kernel_lines, waterfall_lines
-from vibechat.common import UserError, autodetect_device_type
+from vibechat.common import UserError, autodetect_device_type, compute_dtype
+from vibechat.fp8 import fp8_obstacle
 from vibechat.gpt import GPTConfig
 from vibechat.kernels.cost import newton_schulz_flops
 from vibechat.memory_plan import FORMS, largest_planned
@@ -61,24 +66,28 @@ class Benchmark:
         self.device = torch.device(args.device)
         self.runs: Runs = {}
         self.too_large: dict[str, list[int]] = {name: [] for name in args.only}
+        self.failed: list[str] = []
         self.path = results_directory(self.device) / "mfu.json"
         self._deadline = time.monotonic() + 60 * args.minutes
 
     def measure(self) -> None:
         """Everything that was asked for, in the order of its worth, while there is time."""
         limits = self._limits()
-        while (missing := self._missing(limits)) and time.monotonic() < self._deadline:
+        while (missing := self._missing(limits)) and self._has_time():
             names, size = missing
             for group in [names] if self.device.type == "cpu" else [[name] for name in names]:
-                did_not_fit = self._measure_together(group, size) if time.monotonic() < self._deadline else []
-                for name in did_not_fit:
-                    limits[name] = size // 2
+                dropped = self._measure_together(group, size) if self._has_time() else {}
+                for name, failed in dropped.items():
+                    limits[name] = 0 if failed else size // 2
                     if not limits[name]:
                         del limits[name]
-                if did_not_fit:
+                if dropped:
                     break  # the others need not run at a size that not all fit
         if missing:
             print("no time left for the rest", flush=True)
+
+    def _has_time(self) -> bool:
+        return time.monotonic() < self._deadline
 
     def _limits(self) -> dict[str, int]:
         """The largest micro-batch to try for each implementation."""
@@ -98,41 +107,55 @@ class Benchmark:
         if not limits:
             return None
         common = min(limits.values())
+        if self.args.common_batch_size:
+            common = min(common, self.args.common_batch_size)
         for sizes in (dict.fromkeys(limits, common), limits):
             missing = [name for name, size in sizes.items() if (name, size) not in self.runs]
             if missing:
                 return [name for name in missing if sizes[name] == sizes[missing[0]]], sizes[missing[0]]
         return None
 
-    def _measure_together(self, names: list[str], size: int) -> list[str]:
-        """Run implementations at a micro-batch, taking turns; returns those that did not fit."""
-        args = self.args
+    def _measure_together(self, names: list[str], size: int) -> dict[str, bool]:
+        """Run implementations at a micro-batch, taking turns; returns {one that did not: whether it failed}, of which
+        the rest ran out of memory."""
         workers: dict[str, Worker] = {}
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        did_not_fit = []
+        dropped: dict[str, bool] = {}
+
+        @contextlib.contextmanager
+        def dropping(name: str) -> Iterator[None]:
+            try:
+                yield
+            except (DidNotFit, UserError) as error:
+                dropped[name] = isinstance(error, UserError)
+                if dropped[name]:
+                    self.failed.append(str(error))
+                else:
+                    self.too_large[name].append(size)
+                print(f"{name}, {size} rows: {'' if dropped[name] else 'did not fit: '}{error}", flush=True)
+
         with contextlib.ExitStack() as stack:
             for name in names:
                 print(f"{name}, {size} rows: compiling and warming up ...", flush=True)
-                worker = Worker(name, self.argv, size)
-                stack.callback(worker.close)
-                try:
-                    worker.wait_until_ready()
-                    workers[name] = worker
-                except DidNotFit as error:
-                    did_not_fit.append(name)
-                    self.too_large[name].append(size)
-                    print(f"{name}, {size} rows: did not fit: {error}", flush=True)
-            for number in range(args.rounds if not did_not_fit else 0):
-                for name, worker in workers.items():
-                    rounds[name].append(worker.steps(args.steps))
-                    print(f"round {number + 1}: {name} {1e3 * rounds[name][-1]['seconds']:.1f} ms a step", flush=True)
-            for name, worker in workers.items() if not did_not_fit else []:
-                self.runs[name, size] = {"facts": worker.facts, "rounds": rounds[name], "waterfall": {}}
-                self.write()
-                if args.waterfall:
-                    self.runs[name, size].update(worker.waterfall())
-                    self.write()
-        return did_not_fit
+                workers[name] = stack.enter_context(Worker(name, self.argv, size))
+                with dropping(name):
+                    workers[name].wait_until_ready()
+            for number in range(self.args.rounds):
+                for name, worker in workers.items() if not dropped else ():
+                    with dropping(name):
+                        self._add_round(name, size, number, worker)
+            for name, worker in workers.items() if self.args.waterfall and not dropped else ():
+                if self._has_time():
+                    with dropping(name):
+                        self.runs[name, size].update(worker.waterfall())
+                        self.write()
+        return dropped
+
+    def _add_round(self, name: str, size: int, number: int, worker: Worker) -> None:
+        result = worker.steps(self.args.steps)
+        run = self.runs.setdefault((name, size), {"facts": worker.facts, "rounds": [], "waterfall": {}})
+        run["rounds"].append(result)
+        self.write()
+        print(f"round {number + 1}: {name} {1e3 * result['seconds']:.1f} ms a step", flush=True)
 
     # -- what came of it
 
@@ -301,6 +324,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-seq-len", type=int, default=2048 if gpu else 512)
     parser.add_argument("--vocab-size", type=int, default=65_536 if gpu else 8192)
     parser.add_argument("--device-batch-size", default="auto", help="largest micro-batch to try, in rows, or auto")
+    parser.add_argument("--common-batch-size", type=int, default=0, help="micro-batch of the comparison (all that fit)")
     parser.add_argument("--total-batch-size", type=int, default=524_288 if gpu else 4096, help="tokens of a step")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--data", choices=("builtin", "synthetic"), default="synthetic")
@@ -330,11 +354,21 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     rows = int(args.device_batch_size) if args.device_batch_size != "auto" else 1
     if rows < 1 or args.total_batch_size % (rows * args.max_seq_len):
         parser.error("--total-batch-size must be a multiple of --max-seq-len x --device-batch-size")
+    if args.common_batch_size < 0 or args.total_batch_size % (max(1, args.common_batch_size) * args.max_seq_len):
+        parser.error("--total-batch-size must be a multiple of --max-seq-len x --common-batch-size")
     if min(args.rounds, args.steps, args.warmup) < 1:
         parser.error("--rounds, --steps and --warmup must be at least 1")
     if args.kernels_by_name < 0 or (args.kernels_by_name and not args.waterfall):
         parser.error("--kernels-by-name must be 0 or a number of kernels, and needs the waterfall")
     return args
+
+
+def leave_out_fp8(args: argparse.Namespace) -> None:
+    """Take it off --only, with a line, where the device has none."""
+    device = torch.device(args.device)
+    if "fp8" in args.only and (obstacle := fp8_obstacle(device, compute_dtype(device))):
+        args.only = [name for name in args.only if name != "fp8"]
+        print(f"fp8 is left out: {obstacle}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -353,15 +387,25 @@ def main(argv: list[str] | None = None) -> int:
                 f"depth {args.depth}, rows of {args.max_seq_len} tokens, vocabulary {args.vocab_size:,}, "
                 f"{args.total_batch_size:,} tokens a step, {args.data} data, on {args.device}"
             )
+            leave_out_fp8(args)
             benchmark = Benchmark(args, argv)
-            benchmark.measure()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background has it ignored
+            try:
+                benchmark.measure()
+            except KeyboardInterrupt:
+                print_run(benchmark.content())
+                print("interrupted: this is what was measured until then", file=sys.stderr)
+                return 130
             benchmark.write()
             run, path = benchmark.content(), benchmark.path
             if not benchmark.runs:
-                raise UserError("nothing was measured: see above for what did not fit, or give it more --minutes")
+                why = "see above for what did not fit, or give it more --minutes"
+                raise UserError("; ".join(benchmark.failed) or f"nothing was measured: {why}")
         print_run(run)
         if args.json:
             print(json.dumps(run))
+        if not args.recorded and benchmark.failed:
+            raise UserError("; ".join(benchmark.failed))
         return judge(args, run, path)
     except (UserError, OSError, json.JSONDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,11 @@
 """The training benchmark: its arithmetic on recorded runs, and a real run small enough for a test."""
 
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +16,10 @@ import torch
 from bench import baseline, implementations, mfu, plain_gpt
 from bench.implementations import DidNotFit
 from bench.waterfall import CATEGORIES
+from vibechat.common import UserError
 from vibechat.fp8 import LEFT_TO_COMPILER
+
+ROOT = Path(__file__).parents[1]
 
 TINY = ["--depth", "1", "--max-seq-len", "16", "--vocab-size", "300", "--device-batch-size", "2", "--device", "cpu"]
 TINY += ["--total-batch-size", "32"]
@@ -45,7 +52,10 @@ class Recorded:
         parts = {"matmul mlp": 0.75, "data wait": 0.0, "host gaps": 0.25}
         return {"waterfall": parts, "kernels_by_name": [longest]}
 
-    def close(self) -> None:
+    def __enter__(self) -> "Recorded":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         pass
 
 
@@ -134,6 +144,85 @@ def test_one_that_never_fits_leaves_the_others(run: Callable[..., Any]) -> None:
     assert content["did_not_fit"]["eager"] == [2, 1]
     assert list(content["rows"]) == ["vibechat"]
     assert "eager did not fit with 2, 1 rows" in output
+
+
+def test_one_that_fails_leaves_the_others_and_is_said_at_the_end(run: Callable[..., Any]) -> None:
+    class Failing(Recorded):
+        def wait_until_ready(self) -> None:
+            if self.name == "compiled":
+                raise UserError("compiled failed: no compiler")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mfu, "Worker", Failing)
+        status, output, errors, content = run({"vibechat": [0.5], "compiled": [1.0], "eager": [2.0]})
+    assert status == 2
+    assert errors == "error: compiled failed: no compiler\n"
+    assert content["rows"]["vibechat"]["ratio_to_eager"] == 4.0
+    assert "compiled, 2 rows: compiled failed: no compiler" in output
+    assert [name for name, _ in Recorded.started].count("compiled") == 1
+
+
+def test_all_are_compared_at_the_size_that_was_asked_for_and_then_each_at_its_best(run: Callable[..., Any]) -> None:
+    flags = ("--total-batch-size", "64", "--device-batch-size", "4", "--common-batch-size", "1")
+    run({"vibechat": [0.5], "eager": [2.0]}, *flags)
+    assert Recorded.started == [("vibechat", 1), ("eager", 1), ("vibechat", 4), ("eager", 4)]
+    _, _, _, content = run({"vibechat": [0.5], "eager": [2.0]}, *flags[:-1], "4", eager=2)
+    assert content["workload"]["micro_batch"] == 2  # fewer rows where not all fit so many
+
+
+def test_fp8_is_left_out_where_there_is_none(run: Callable[..., Any]) -> None:
+    status, output, _, content = run({"fp8": [0.4], "vibechat": [0.5]})
+    assert status == 0
+    assert "fp8 is left out: it needs a GPU" in output
+    assert list(content["rows"]) == ["vibechat"]
+
+
+def test_an_interrupt_leaves_every_round_that_was_measured(run: Callable[..., Any]) -> None:
+    class Interrupted(Recorded):
+        ends: ClassVar[list[str]] = []
+
+        def steps(self, count: int) -> dict[str, Any]:
+            if not self._left:
+                raise KeyboardInterrupt
+            self._left -= 1
+            return super().steps(count)
+
+        def __init__(self, name: str, *args: Any) -> None:
+            super().__init__(name, *args)
+            self._left = 2 if name == "vibechat" else 1
+
+        def __exit__(self, kind: object, *_: object) -> None:
+            self.ends.append(f"{self.name} {kind}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mfu, "Worker", Interrupted)
+        status, output, errors, content = run({"vibechat": [0.5, 0.5, 0.5], "eager": [2.0, 2.0, 2.0]})
+    assert status == 130
+    assert errors == "interrupted: this is what was measured until then\n"
+    assert [len(one["rounds"]) for one in content["runs"]] == [2, 1]
+    assert "at the largest micro-batch that all fit" in output
+    assert sorted(Interrupted.ends) == [f"{name} {KeyboardInterrupt}" for name in ("eager", "vibechat")]
+
+
+def test_an_interrupt_ends_the_workers_and_what_they_started(tmp_path: Path) -> None:
+    """A real one, in the middle of a round, as bench/gpu.sh gives it when the time is over."""
+    command = [sys.executable, "-m", "bench.mfu", *TINY, "--only", "eager", "--rounds", "100000", "--steps", "1"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("round 2: eager"):
+        assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert errors == "interrupted: this is what was measured until then\n"
+    assert "eager" in output
+    assert len(json.loads((tmp_path / "mfu.json").read_text())["runs"][0]["rounds"]) >= 2
+    assert children
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 
 def test_time_that_is_up_ends_the_run(run: Callable[..., Any]) -> None:
@@ -248,6 +337,7 @@ def test_a_failing_worker_is_one_line(capsys: pytest.CaptureFixture[str], monkey
         (["--device-batch-size", "0"], "multiple of --max-seq-len x --device-batch-size"),
         (["--device-batch-size", "many"], "auto or a number of rows"),
         (["--rounds", "0"], "at least 1"),
+        (["--common-batch-size", "3"], "multiple of --max-seq-len x --common-batch-size"),
         (["--kernels-by-name", "-1"], "0 or a number of kernels"),
         (["--kernels-by-name", "9", "--no-waterfall"], "needs the waterfall"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,3 +64,37 @@ def test_kernels_ends_well_and_leaves_what_it_measured(tmp_path: Path) -> None:
     passes = ("both", "forward", "backward")
     assert found == {("qk_norm_rope", how, way) for how in ("ours", "eager", "compiled") for way in passes}
     assert "| both | qk_norm_rope | 2 | d2 | ours |" in (out / "kernels.md").read_text()
+
+
+@pytest.mark.slow
+def test_mfu_ends_well_and_leaves_what_it_measured(tmp_path: Path) -> None:
+    """fp8, which no CPU has, is left out and costs the part nothing."""
+    out = tmp_path / "out"
+    done = gpu_sh(out, "mfu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in out.iterdir()} == {"mfu.log", "mfu.json", "attention.log", "attention.json"}
+    rows = json.loads((out / "mfu.json").read_text())["rows"]
+    assert list(rows) == ["vibechat", "compiled", "eager"]
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert "fp8 is left out" in (out / "mfu.log").read_text()
+    ways = {row["way"] for row in json.loads((out / "attention.json").read_text())["rows"]}
+    assert {"auto", "sdpa", "cudnn", "flex-window"} <= ways
+
+
+@pytest.mark.slow
+def test_a_step_whose_time_is_over_is_interrupted_and_leaves_what_it_said(tmp_path: Path) -> None:
+    """With a python that never ends by itself."""
+    python = tmp_path / "bin/python3"
+    python.parent.mkdir()
+    endless = "trap 'echo all that I had; exit 130' INT; while :; do sleep 0.1; done"
+    python.write_text(f'#!/bin/bash\ncase "$*" in -c*) echo 0 ;; *bench.mfu*) {endless} ;; *) echo ran ;; esac\n')
+    python.chmod(0o755)
+    path = os.pathsep.join((str(python.parent), os.environ["PATH"]))
+    done = gpu_sh(tmp_path / "out", "mfu", MINUTES="0.4", PATH=path)
+    assert done.returncode == 1
+    said = done.stdout.splitlines()
+    assert said[2] == "all that I had"
+    assert re.fullmatch(r"mfu: its \d+ s were over", said[3])
+    assert said[4] == "mfu: exit status 124"
+    assert said[-1] == "attention: no time left"
+    assert (tmp_path / "out/mfu.log").read_text() == "all that I had\n"
