@@ -66,7 +66,7 @@ def train(
 
 
 def print_table(rows: list[dict]) -> None:
-    """Each seed's pair, and the mean difference."""
+    """Each seed's pair, and the mean and sample standard deviation of the differences."""
     print(f"{'seed':>6}{'bf16 bpb':>10}{'fp8 bpb':>10}{'difference':>12}")
     pairs = {(row["seed"], row["fp8"]): row["val_bpb"] for row in rows}
     differences = []
@@ -76,7 +76,8 @@ def print_table(rows: list[dict]) -> None:
             differences.append(rounded - plain)
             print(f"{seed:>6}{plain:>10.4f}{rounded:>10.4f}{rounded - plain:>+12.4f}")
     if differences:
-        print(f"mean difference {statistics.fmean(differences):+.4f} bits per byte over {len(differences)} seeds")
+        said = f"mean difference {statistics.fmean(differences):+.4f} bits per byte over {len(differences)} seeds"
+        print(said + (f", standard deviation {statistics.stdev(differences):.4f}" if len(differences) > 1 else ""))
 
 
 def main(argv: list[str] | None = None) -> int:

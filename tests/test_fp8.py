@@ -253,4 +253,8 @@ def test_the_quality_bench_prints_pairs(capsys: pytest.CaptureFixture[str]) -> N
     fp8_quality.print_table([row, {**row, "fp8": True, "val_bpb": 1.51}, {**row, "seed": 2}])
     text = capsys.readouterr().out
     assert "1    1.5000    1.5100     +0.0100" in text
-    assert "mean difference +0.0100 bits per byte over 1 seeds" in text
+    assert text.endswith("mean difference +0.0100 bits per byte over 1 seeds\n")
+    two = [{"seed": seed, "fp8": fp8, "val_bpb": 1.5 + fp8 * seed / 100} for seed in (1, 3) for fp8 in (False, True)]
+    fp8_quality.print_table(two)
+    text = capsys.readouterr().out
+    assert text.endswith("mean difference +0.0200 bits per byte over 2 seeds, standard deviation 0.0141\n")
