@@ -153,14 +153,26 @@ def command_line() -> str:
     return shlex.join(["python", *program.split(), *sys.argv[1:]])
 
 
+def commit_of(directory: Path) -> str:
+    """The commit that a tree is at, with "-dirty" if a tracked file differs from it that benchmarks do not write
+    themselves; "unknown" where there is none."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(["git", *arguments], cwd=directory, text=True, stderr=subprocess.DEVNULL).strip()
+
+    written = [f":(top,exclude)bench/{folder}" for folder in ("results", "baselines")]
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *written)
+        return git("describe", "--always") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a number needs beside it: commit, command, device, versions, time."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     return {
         "device": device_name(device),
-        "commit": os.environ.get("COMMIT") or described.stdout.strip() or "unknown",
+        "commit": os.environ.get("COMMIT") or commit_of(Path(__file__).parent),
         "command": command_line(),
         "torch": torch.__version__,
         "triton": triton_version(),

@@ -19,7 +19,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import sysconfig
 import time
@@ -28,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.measure import commit_of
 from vibechat.common import cpu_name
 
 BARS = {
@@ -242,7 +242,7 @@ def environment(arguments: list[str], corpus: list[str], vocab_size: int) -> dic
     libraries = ("rustbpe", "tokenizers", "tiktoken")
     return {
         "command": " ".join(["python -m bench.tokenizer", *arguments]),
-        "commit": commit(),
+        "commit": commit_of(Path(__file__).parent),
         "device": f"{cpu_name()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in libraries},
@@ -251,17 +251,6 @@ def environment(arguments: list[str], corpus: list[str], vocab_size: int) -> dic
         "bytes": sum(len(text.encode()) for text in corpus),
         "sha256": digest.hexdigest(),
     }
-
-
-def commit() -> str:
-    """The commit that is checked out, with a + if the tree differs from it; "unknown" outside a repository."""
-    here = Path(__file__).parent
-    try:
-        name = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=here, text=True, stderr=-3).strip()
-        changed = subprocess.check_output(["git", "status", "--porcelain"], cwd=here, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name + ("+" if changed else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from bench.measure import (
     ResultFile,
     Timing,
     command_line,
+    commit_of,
     provenance,
     publish,
     results_directory,
@@ -103,6 +104,27 @@ def test_a_number_says_where_it_comes_from() -> None:
     said = provenance(CPU)
     assert {"device", "commit", "command", "torch", "triton", "python", "time"} <= said.keys()
     assert said["torch"] == torch.__version__
+
+
+def test_what_benchmarks_write_makes_no_tree_dirty(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        own = ["-c", "user.name=a test", "-c", "user.email=a@test"]
+        return subprocess.check_output(["git", *own, *arguments], cwd=tmp_path, text=True, stderr=subprocess.STDOUT)
+
+    assert commit_of(tmp_path) == "unknown"
+    git("init", "--quiet")
+    assert commit_of(tmp_path) == "unknown"  # without a commit
+    written = [tmp_path / "bench" / name for name in ("results/cpu/mfu.json", "baselines/cpu.json", "mfu.py")]
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("0")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "all of it")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    (tmp_path / "notes.txt").write_text("untracked")
+    for path, expected in zip(written, (commit, commit, f"{commit}-dirty"), strict=True):
+        path.write_text("1")
+        assert commit_of(tmp_path / "bench") == expected
 
 
 def test_a_command_is_what_was_typed_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,6 +302,18 @@ def test_a_continued_run_takes_what_was_not_said_from_its_checkpoint() -> None:
     assert {*IDENTITY, *OF_THIS_PROCESS, *DEFAULTS} <= vars(first).keys()
 
 
+def test_what_an_older_version_recorded_beside_adamw_and_did_nothing_with_is_dropped() -> None:
+    before = vars(settle(Config(**ADAMW), gpu=False, before=None)) | {"normuon": True, "matrix_weight_decay": 0.1}
+    for said in ({}, {"normuon": True}, ADAMW):
+        again = settle(Config(resume="auto", **said), gpu=False, before=before)
+        assert (again.matrix_optimizer, again.matrix_lr) == ("adamw", 0.003)
+        assert (again.normuon, again.matrix_weight_decay) == (False, 0.0)
+    with pytest.raises(UserError, match=r"--matrix-weight-decay 0\.2: the checkpoint was trained with 0\.1"):
+        settle(Config(resume="auto", matrix_weight_decay=0.2), gpu=False, before=before)
+    with_muon = before | {"matrix_optimizer": "muon"}
+    assert settle(Config(resume="auto"), gpu=False, before=with_muon).normuon
+
+
 def test_demo_gives_way_to_what_was_said() -> None:
     assert with_demo(Config()) == Config()
     demo = with_demo(Config(demo=True))

@@ -115,12 +115,13 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
         if self.matrix_optimizer == "adamw" and self.matrix_lr is None:
             raise ValueError("--matrix-optimizer adamw: also needs --matrix-lr (Muon's is far too large; try 0.003)")
-        of_muon = {"--normuon": self.normuon, "--matrix-weight-decay": self.matrix_weight_decay}
-        if self.matrix_optimizer == "adamw" and any(of_muon.values()):
-            said = " and ".join(flag for flag, value in of_muon.items() if value)
-            raise ValueError(f"--matrix-optimizer adamw: leave out {said}, which Muon alone has")
+        of_muon = [f"--{name.replace('_', '-')}" for name in OF_MUON if getattr(self, name)]
+        if self.matrix_optimizer == "adamw" and of_muon:
+            raise ValueError(f"--matrix-optimizer adamw: leave out {' and '.join(of_muon)}, which Muon alone has")
 
 
+# What --matrix-optimizer adamw does nothing with.
+OF_MUON = ("normuon", "matrix_weight_decay")
 # What a number must be at least.
 SMALLEST: dict[str, int] = {
     **dict.fromkeys(("depth", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens"), 1),
@@ -214,6 +215,8 @@ def settle(config: Config, *, gpu: bool, before: dict[str, Any] | None) -> Confi
             values[name] = trained_with if unsaid or name in IDENTITY else said
         elif said is None and name in DEFAULTS:
             values[name] = DEFAULTS[name][0 if gpu else 1]
+    if before is not None and values["matrix_optimizer"] == "adamw":
+        values |= {name: plain[name] for name in OF_MUON}  # as older versions, which let them stand, trained
     other_length = config.target_flops > 0 or (config.target_param_data_ratio or -1) > 0
     if before is None and config.num_iterations is None and other_length:
         values["num_iterations"] = -1
