@@ -67,7 +67,8 @@ def implementation_of(name: str, implementation: str, device: torch.device) -> C
     if implementation == "eager":
         return op.reference
     if implementation == "compiled":
-        return torch.compile(op.reference, dynamic=False, backend="aot_eager" if INTERPRETING else "inductor")
+        backend = "aot_eager" if INTERPRETING else "inductor"
+        return torch.compile(op.reference, dynamic=False, fullgraph=True, backend=backend)
     if implementation == "liger" or implementation in op.others:
         function = op.liger if implementation == "liger" else op.others[implementation]
         return _imported(function) if device.type == "cuda" else None
@@ -89,7 +90,11 @@ def cost_of(case: Case, itemsize: int = 2) -> Cost:
 
 
 def calls_of(case: Case, device: torch.device, dtype: torch.dtype) -> list[Callable[[], Any]]:
-    """The case on as many different inputs as it takes to pass the L2 cache; one, if they are far larger anyway."""
+    """The case on as many different inputs as it takes to pass the L2 cache; one, if they are far larger anyway.
+
+    What was compiled for cases before it is forgotten: after eight shapes of a function torch.compile refuses another.
+    """
+    torch._dynamo.reset()
     op = implementation_of(case.op, case.implementation, device)
     assert op is not None
     moved = cost_of(case, dtype.itemsize).bytes

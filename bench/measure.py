@@ -24,6 +24,7 @@ from vibechat.common import cpu_name
 from vibechat.kernels.language import triton
 from vibechat.kernels.tuning import device_slug
 
+CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at most
 L2_BYTES = 128 * 2**20  # more than the L2 of any GPU that we know, so that inputs of an iteration come from memory
 
 
@@ -51,7 +52,11 @@ def time_calls(
     prepare: Sequence[Callable[[], Any] | None] = (),
 ) -> Timing:
     """Time calls that do the same on different inputs, in turn, for about `budget_seconds` after a warm-up; what
-    `prepare` has for a call is done before it each time and not timed."""
+    `prepare` has for a call is done before it each time and not timed.
+
+    A GPU is first kept busy for as long as the host takes to queue all of them: a call that the device finishes before
+    the next launch is there would be timed with the host's Python in it, of which a training step sees nothing.
+    """
     pairs = [(before or _nothing, call) for before, call in itertools.zip_longest(prepare, calls)]
     for before, call in pairs:
         before()
@@ -61,6 +66,7 @@ def time_calls(
     for before, call in pairs:
         before()
         call()
+    queued = (time.perf_counter() - start) / len(calls)
     _synchronize(device)
     estimate = (time.perf_counter() - start) / len(calls)
     count = max(5, min(200, int(budget_seconds / max(estimate, 1e-7))))
@@ -74,6 +80,7 @@ def time_calls(
             seconds.append(time.perf_counter() - start)
         return summarize(seconds)
     marks = []
+    torch.cuda._sleep(int(count * queued * CYCLES_PER_SECOND))
     for before, call in turn:
         before()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

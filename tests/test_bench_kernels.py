@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import ceilings, report, tune
-from bench.cases import IMPLEMENTATIONS, PASSES, Case, all_cases, calls_of, cost_of
+from bench.cases import IMPLEMENTATIONS, PASSES, Case, all_cases, calls_of, cost_of, implementation_of
 from bench.measure import (
     Ceilings,
     ResultFile,
@@ -55,6 +55,47 @@ def test_what_a_run_overwrites_is_put_back_each_time() -> None:
     time_calls(calls, CPU, 0.0, prepare)
     assert log[:6] == ["restore a", "a", "b"] * 2
     assert log.count("restore a") == log.count("a") > log.count("b") > 2
+
+
+def test_a_gpu_is_kept_busy_while_the_host_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the events of a short call have no launching between them."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("mark")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep" if cycles > 0 else "nothing"))
+    timing = time_calls([lambda: log.append("call")], torch.device("cuda"), 0.0, [lambda: log.append("prepare")])
+    assert timing == Timing(0.002, 0.002, 0.002)
+    once = ["prepare", "call"]
+    assert log == [*once, "wait", *once, "wait", "sleep", *["prepare", "mark", "call", "mark"] * 5, "wait"]
+
+
+def test_every_shape_of_a_function_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile stops at eight of a function, and what it is then asked for runs eagerly or not at all."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, backend, **options: real(f, backend=compiler, **options))
+    implementation_of.cache_clear()
+    for length in range(4, 14):
+        for call in calls_of(Case("rms_norm", "compiled", Model(1, 16, 1), 1, length, "forward"), CPU, torch.float32):
+            call()
+    implementation_of.cache_clear()
+    assert len(graphs) == 10
 
 
 @pytest.mark.parametrize(("op", "direction"), [(op.name, direction) for op in OPS.values() for direction in op.passes])
