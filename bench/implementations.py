@@ -30,6 +30,7 @@ from vibechat.common import UserError, compile_obstacle, compute_dtype, keep_fre
 from vibechat.fp8 import LEFT_TO_COMPILER
 from vibechat.gpt import GPT
 from vibechat.kernels import backend_table, set_backend
+from vibechat.micro_batch import is_out_of_memory
 from vibechat.scaling import plan
 from vibechat.train_step import TrainStep, use_deterministic_algorithms
 from vibechat.trainer import Rates, Trainer, memory_bytes, no_garbage_pauses, peak_rate
@@ -105,6 +106,7 @@ class TrainerWork:
             model,
             model.setup_optimizers(),
             compile=compile,
+            must_compile=True,  # a step without it is another implementation
             cuda_graphs=args.cuda_graphs,
             clock=clock,
             say=lambda text: None,
@@ -121,8 +123,6 @@ class TrainerWork:
         for _ in range(args.warmup):
             self.trainer.step()
         self.trainer.finish()
-        if self.step.compiled != compile:
-            raise UserError("torch.compile failed, and a step without it is another implementation")
         dtype = compute_dtype(device)
         peak, convention = peak_rate(device)
         self.facts: dict[str, Any] = {
@@ -228,7 +228,9 @@ def serve(name: str, args: argparse.Namespace) -> int:
             with contextlib.redirect_stdout(sys.stderr):
                 answer = work.waterfall() if line.strip() == "waterfall" else work.steps(int(line))
             print(json.dumps(answer), file=out, flush=True)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         print(f"out of memory: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
         return OUT_OF_MEMORY
     return 0
@@ -310,12 +312,13 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if line.startswith("{"):
-            return json.loads(line)
+        for line in self._process.stdout:
+            if line.startswith("{"):  # what else stands there a library wrote
+                return json.loads(line)
         status = self._process.wait()
         self._errors.seek(0)
         said = [line for line in self._errors.read().splitlines() if line.strip()] or ["no message"]
         if status in (OUT_OF_MEMORY, -9, 137):  # the last two: the system took the memory back
             raise DidNotFit(said[-1])
+        print("\n".join(said[-60:]), flush=True)
         raise UserError(f"{self.name} failed: {said[-1]}")

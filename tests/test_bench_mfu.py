@@ -322,12 +322,21 @@ def test_a_worker_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatc
     assert implementations.serve("eager", mfu.arguments(TINY)) == implementations.OUT_OF_MEMORY
 
 
+def test_what_a_library_prints_is_no_answer() -> None:
+    with subprocess.Popen([sys.executable, "-c", "print('a library')\nprint('{}')"], stdout=-1, text=True) as process:
+        worker = object.__new__(implementations.Worker)
+        worker._process = process
+        assert worker._answer() == {}
+
+
 def test_a_failing_worker_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path) -> None:
+    """Among the errors; how it came to it stands in the log."""
     monkeypatch.setenv("OUT", str(tmp_path))
     assert mfu.main([*TINY, "--kernels", "no such", "--only", "vibechat", "--rounds", "1"]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: vibechat failed: ")
-    assert errors.count("\n") == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("error: vibechat failed: ")
+    assert said.err.count("\n") == 1
+    assert "Traceback (most recent call last)" in said.out
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,8 @@ def test_a_compiler_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch) -
         "torch.compile failed, training goes on without it: RuntimeError: no such compiler: g++",
     ]
     assert not train_step.compiled
+    with pytest.raises(RuntimeError, match="no such compiler"):
+        make_step(compile=True, must_compile=True, say=lines.append)[2]([rows(2)])
 
 
 def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ from vibechat.gpt import GPT
 from vibechat.memory_plan import MemoryPlan, form_of, free_bytes, largest_planned, memory_plan
 from vibechat.train_step import TrainStep
 
+OUT_OF_MEMORY_SAID = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 def check_memory(num_params: int, device: torch.device) -> None:
     """Raises UserError where the fp32 parameters, their gradients and one optimizer state a parameter cannot fit."""
@@ -89,7 +91,8 @@ def out_of_memory(model: GPT, step: TrainStep, rows: int) -> UserError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: a GPU's has a type of its own, a CPU's is a RuntimeError like any other."""
+    """Whether an allocation failed: PyTorch's on a GPU has a type of its own; a CPU's, a library's or the compiler's is
+    a RuntimeError like any other."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_SAID)

@@ -72,6 +72,7 @@ class TrainStep:
             `matmul_weights()`, those are cast to its `compute_dtype` once a step, and rounded for its `fp8_weights()`.
         optimizers: together they own every parameter of the model.
         compile: run forward and backward through torch.compile. A compiler that fails costs one line and eager steps.
+        must_compile: let a compiler that fails raise instead.
         cuda_graphs: have torch.compile replay CUDA graphs. A graph's outputs are overwritten by its next run, so that
             the gradients then live in memory of their own from step to step, and each micro-batch is added to them.
         grad_clip: largest gradient norm, larger ones are scaled down to it; 0 leaves them alone.
@@ -85,6 +86,7 @@ class TrainStep:
         optimizers: Sequence[TrainingOptimizer],
         *,
         compile: bool = False,
+        must_compile: bool = False,
         cuda_graphs: bool = False,
         grad_clip: float = 0.0,
         clock: PhaseClock | None = None,
@@ -95,6 +97,7 @@ class TrainStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_clip = grad_clip
         self.compiled = compile
+        self._must_compile = must_compile
         self._cuda_graphs = compile and cuda_graphs
         self.clock = clock or PhaseClock(self.parameters[0].device)
         self._say = say
@@ -187,6 +190,8 @@ class TrainStep:
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the compiler's own failures have no common base class
+            if self._must_compile:
+                raise
             self._zero_grad()
             self._loss_sum, self.compiled = self._eager_loss_sum, False
             loss = self._accumulate(micro_batches)  # if the model itself is at fault, this raises the real error
