@@ -30,7 +30,7 @@ if [ "$gpu" = 0 ]; then
     export OUT="${OUT:-$(mktemp -d)}"
     [ "$part" = mfu ] || export TRITON_INTERPRET=1
     questions="tests/interpreted/test_gpu_tests.py"
-    steps=(--depth "${DEPTH:-1}" --kernels "${KERNELS:-auto}" --max-seq-len 64 --vocab-size 512 --total-batch-size 256)
+    steps=(--depth "${DEPTH:-1}" --kernels "${KERNELS:-auto}" --max-seq-len 64 --vocab-size 1000 --total-batch-size 256)
     steps+=(--device-batch-size 2 --rounds 1 --steps 2 --warmup 1)
     echo "no GPU: a rehearsal, into $OUT"
 fi

@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import plain_gpt
 from bench.waterfall import STEP, Shapes, TraceClock, kernels_by_name, read_trace, timeline, waterfall
+from vibechat.attention import attention_backend
 from vibechat.common import UserError, compile_obstacle, compute_dtype, keep_freed_memory
 from vibechat.fp8 import LEFT_TO_COMPILER
 from vibechat.gpt import GPT
@@ -131,6 +132,7 @@ class TrainerWork:
             "peak_flops": peak,
             "peak_is": convention,
             "dtype": str(dtype).removeprefix("torch."),
+            "attention": attention_backend(device, dtype),
             "kernels": [list(choice) for choice in backend_table(device, dtype)],
         }
 

@@ -26,6 +26,7 @@ Ctrl-C (SIGINT) ends it at once, with a table of what was measured so far and ex
 import argparse
 import contextlib
 import json
+import shlex
 import signal
 import statistics
 import sys
@@ -252,10 +253,16 @@ def print_run(run: dict[str, Any]) -> None:
     for one in run["runs"]:
         if one["waterfall"]:
             print(f"\n{one['implementation']}, {one['micro_batch']} rows: where a step goes")
-            print("\n".join([*waterfall_lines(one["waterfall"]), *kernel_lines(one.get("kernels_by_name", ()))]))
-    facts = next((one["facts"] for one in run["runs"] if "peak_flops" in one["facts"]), None)
-    if facts:
-        print(f"\nMFU is of {facts['peak_flops'] / 1e12:.4g} TFLOP/s in {facts['dtype']}: {facts['peak_is']}")
+            timed = statistics.median(each["seconds"] for each in one["rounds"])
+            lines = [*waterfall_lines(one["waterfall"], timed), *kernel_lines(one.get("kernels_by_name", ()))]
+            print("\n".join(lines))
+    facts = {one["implementation"]: one["facts"] for one in run["runs"] if "peak_flops" in one["facts"]}
+    for one in list(facts.values())[:1]:
+        print(f"\nMFU is of {one['peak_flops'] / 1e12:.4g} TFLOP/s in {one['dtype']}: {one['peak_is']}")
+        print(f"attention: {one.get('attention', 'not recorded')}")
+    for name in [name for name in ("vibechat", "fp8") if name in facts]:
+        taken = [op for op, backend, _ in facts[name].get("kernels", ()) if backend == "triton"]
+        print(f"Triton kernels of {name}: {', '.join(taken) or 'none'}")
     for line in optimizer_lines(run):
         print(line)
 
@@ -306,7 +313,8 @@ def judge(args: argparse.Namespace, run: dict[str, Any], path: Path) -> int:
         return 0
     if "ratio_to_eager" not in run["rows"].get("vibechat", {}):
         raise UserError("--check needs a run of eager and vibechat at one micro-batch")
-    known = baseline.find(run, f"python -m bench.mfu --recorded {path} --write-baseline --who NAME --why TEXT")
+    recorded = f"--recorded {shlex.quote(str(path))}"
+    known = baseline.find(run, f"python -m bench.mfu {recorded} --write-baseline --who NAME --why TEXT")
     fine, lines = baseline.check(run, known)
     print("\n" + "\n".join(lines))
     plain = run["rows"]["vibechat"].get("ratio_to_plain")
@@ -326,22 +334,23 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device-batch-size", default="auto", help="largest micro-batch to try, in rows, or auto")
     parser.add_argument("--common-batch-size", type=int, default=0, help="micro-batch of the comparison (all that fit)")
     parser.add_argument("--total-batch-size", type=int, default=524_288 if gpu else 4096, help="tokens of a step")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument("--data", choices=("builtin", "synthetic"), default="synthetic")
     parser.add_argument("--kernels", default="auto", help="of vibechat: auto, triton or torch, with exceptions")
     parser.add_argument("--activation-checkpointing", action="store_true", help="as the flag of vibechat train")
     parser.add_argument("--cuda-graphs", action="store_true", help="as the flag of vibechat train")
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS[gpu:4]))
-    parser.add_argument("--rounds", type=int, default=1 if gpu else 5, help="turns of each implementation")
-    parser.add_argument("--steps", type=int, default=3 if gpu else 8, help="timed steps of a turn")
+    parser.add_argument("--rounds", type=int, default=3 if gpu else 5, help="turns of each implementation")
+    parser.add_argument("--steps", type=int, default=1 if gpu else 8, help="timed steps of a turn")
     parser.add_argument("--warmup", type=int, default=1 if gpu else 3, help="steps before the first that is timed")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing new after so many")
     parser.add_argument("--waterfall", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--kernels-by-name", type=int, default=0, metavar="N", help="list the N longest kernels under each waterfall"
     )
-    parser.add_argument("--check", action="store_true", help="exit 1 if the run is below its baseline")
-    parser.add_argument("--write-baseline", action="store_true", help="make the run the baseline of this machine")
+    gate = parser.add_mutually_exclusive_group()
+    gate.add_argument("--check", action="store_true", help="exit 1 if the run is below its baseline")
+    gate.add_argument("--write-baseline", action="store_true", help="make the run the baseline of this machine")
     parser.add_argument("--who", default="", help="who changes the baseline")
     parser.add_argument("--why", default="", help="why it changes")
     parser.add_argument("--recorded", type=Path, help="take this mfu.json instead of measuring")
@@ -349,6 +358,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--worker", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--micro-batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if min(args.depth, args.max_seq_len, args.vocab_size) < 1:
+        parser.error("--depth, --max-seq-len and --vocab-size must be at least 1")
+    if args.device == "cuda" and not gpu:
+        parser.error("--device cuda: PyTorch sees no GPU here")
+    if args.cuda_graphs and args.device != "cuda":
+        parser.error("--cuda-graphs needs a GPU")
+    if (args.who or args.why) and not args.write_baseline:
+        parser.error("--who and --why belong to --write-baseline")
     if args.device_batch_size != "auto" and not args.device_batch_size.isdecimal():
         parser.error("--device-batch-size must be auto or a number of rows")
     rows = int(args.device_batch_size) if args.device_batch_size != "auto" else 1

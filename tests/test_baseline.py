@@ -185,6 +185,8 @@ def test_what_a_machine_is() -> None:
 def test_the_baselines_in_the_repository_are_whole() -> None:
     for path in (Path(baseline.__file__).parent / "baselines").glob("*.json"):
         for entry in json.loads(path.read_text())["baselines"]:
-            assert entry["history"][-1]["to"] == entry["numbers"]
+            history = entry["history"]
+            assert [one["from"] for one in history] == [None, *(one["to"] for one in history[:-1])]
+            assert history[-1]["to"] == entry["numbers"]
             assert set(baseline.WORKLOAD) < entry["key"].keys()
-            assert all(one["who"] and one["why"] for one in entry["history"])
+            assert all(one["who"] and one["why"] for one in history)

@@ -37,7 +37,8 @@ class Recorded:
         self.started.append((name, micro_batch))
         self._rounds = iter(self.seconds[name])
         self.facts = {"flops_per_token": 100, "flops_per_token_full": 200, "peak_flops": 64_000.0}
-        self.facts |= {"dtype": "float32", "peak_is": "as recorded"}
+        self.facts |= {"dtype": "float32", "peak_is": "as recorded", "attention": "cuDNN"}
+        self.facts["kernels"] = [["rms_norm", "triton", "it is faster"], ["relu2_mlp", "torch", "it is not"]]
 
     def wait_until_ready(self) -> None:
         if self.micro_batch > self.fits.get(self.name, 1000):
@@ -92,6 +93,8 @@ def test_ratios_are_medians_over_rounds(run: Callable[..., Any]) -> None:
     assert "500.000 ms     3x  matmul mlp                nvjet_hsh" in output
     assert "0.064 TFLOP/s in float32: as recorded" not in output
     assert "6.4e-08 TFLOP/s in float32: as recorded" in output
+    assert output.count("\nattention: cuDNN\nTriton kernels of vibechat: rms_norm\n") == 1
+    assert "a step, as timed             1600.00 ms" in output
 
 
 def test_what_the_optimizer_takes_stands_beside_what_its_flops_must_take() -> None:
@@ -256,6 +259,7 @@ def test_a_real_run_gives_valid_json_whose_waterfalls_add_up(
     assert longest == sorted(longest, reverse=True)
     assert longest[-1] > 0
     assert 0 < content["rows"]["eager"]["mfu"] < content["rows"]["eager"]["mfu_full"]
+    assert one["facts"]["attention"].endswith("else scaled_dot_product_attention")
     assert content["machine"]["threads"] == torch.get_num_threads()
     assert content["environment"]["commit"]
 
@@ -349,9 +353,21 @@ def test_a_failing_worker_is_one_line(capsys: pytest.CaptureFixture[str], monkey
         (["--common-batch-size", "3"], "multiple of --max-seq-len x --common-batch-size"),
         (["--kernels-by-name", "-1"], "0 or a number of kernels"),
         (["--kernels-by-name", "9", "--no-waterfall"], "needs the waterfall"),
+        (["--depth", "0"], "--depth, --max-seq-len and --vocab-size must be at least 1"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--cuda-graphs"], "--cuda-graphs needs a GPU"),
+        (["--check", "--write-baseline"], "not allowed with argument --check"),
+        (["--why", "it is faster"], "--who and --why belong to --write-baseline"),
     ],
 )
 def test_flags_that_make_no_run(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         mfu.main([*TINY, *flags])
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        mfu.main(["--device", "cuda"])
+    assert "--device cuda: PyTorch sees no GPU here" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.waterfall import OTHER, WAIT
 from vibechat.kernels.language import triton
 
 ROOT = Path(__file__).parents[1]
@@ -73,9 +74,12 @@ def test_mfu_ends_well_and_leaves_what_it_measured(tmp_path: Path) -> None:
     done = gpu_sh(out, "mfu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in out.iterdir()} == {"mfu.log", "mfu.json", "attention.log", "attention.json"}
-    rows = json.loads((out / "mfu.json").read_text())["rows"]
-    assert list(rows) == ["vibechat", "compiled", "eager"]
-    assert all(row["ms"] > 0 for row in rows.values())
+    measured = json.loads((out / "mfu.json").read_text())
+    assert list(measured["rows"]) == ["vibechat", "compiled", "eager"]
+    assert all(row["ms"] > 0 for row in measured["rows"].values())
+    for one in measured["runs"]:
+        missing = [name for name, seconds in one["waterfall"].items() if seconds <= 0 and name not in (OTHER, WAIT)]
+        assert not missing, one["implementation"]
     assert "fp8 is left out" in (out / "mfu.log").read_text()
     ways = {row["way"] for row in json.loads((out / "attention.json").read_text())["rows"]}
     assert {"auto", "sdpa", "cudnn", "flex-window"} <= ways

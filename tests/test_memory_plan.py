@@ -215,6 +215,10 @@ def test_a_plan_adds_up_and_says_so() -> None:
     assert plan.total == sum(plan.parts.values())
     assert f"{plan.total / 2**30:.2f} GiB" in str(plan)
     assert all(name in str(plan) for name in plan.parts)
+    small = memory_plan(model_config(1, 64, 512), 2)
+    assert f"{small.total / 2**20:.2f} MiB" in str(small)
+    for one in (plan, small):
+        assert len({len(line) for line in str(one).splitlines()}) == 1, "the numbers stand one under the other"
     with pytest.raises(ValueError, match="form 'no such'"):
         memory_plan(model_config(1, 16, 64), 1, "no such")
 

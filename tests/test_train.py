@@ -169,6 +169,7 @@ ADAMW = {"matrix_optimizer": "adamw", "matrix_lr": 0.003}
         ({"kernels": "fast"}, "--kernels fast"),
         ({"attention": "fast"}, "--attention fast: unknown"),
         ({"attention": "cudnn"}, "--attention cudnn: it needs a CUDA GPU"),
+        ({"cuda_graphs": True}, "--cuda-graphs needs a CUDA GPU and --compile: leave it out"),
         ({"fp8": True}, "--fp8: it needs a GPU of compute capability 8.9 or later"),
         ({"resume": "soon"}, "never, auto or a step"),
         ({"resume": 99}, "the steps there: none"),

@@ -148,6 +148,24 @@ def test_as_many_rows_as_the_hidden_layer_is_wide_do_not_confuse_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sizes", "family"),
+    [
+        ([[65536, 1664], [1664, 4992]], "matmul qkv+o"),
+        ([[1664, 65536], [65536, 1664]], "matmul qkv+o"),
+        ([[65536, 1664], [1664, 6656]], "matmul mlp"),
+        ([[6656, 65536], [65536, 1664]], "matmul mlp"),
+        ([[65536, 1664], [1664, 65536]], "matmul lm_head"),
+        ([[4096, 1664], [1664, 65536]], "matmul lm_head"),  # of a chunk of rows
+        ([[65536, 4096], [4096, 1664]], "matmul lm_head"),
+    ],
+)
+def test_as_many_rows_as_the_vocabulary_is_large_do_not_confuse_it(sizes: list[list[int]], family: str) -> None:
+    """Depth 26 with 32 rows of 2048 tokens."""
+    shapes = Shapes(rows=65536, channels=1664, head_dim=128, vocabulary=65536)
+    assert matmul_family(sizes, shapes) == family
+
+
+@pytest.mark.parametrize(
     ("name", "sizes", "expected"),
     [
         ("aten::_scaled_dot_product_flash_attention_for_cpu", [[3, 2, 32, 64]], "attention"),
@@ -172,6 +190,7 @@ def test_as_many_rows_as_the_hidden_layer_is_wide_do_not_confuse_it() -> None:
         ("CompiledFunctionBackward", [], GAPS),
         ("autograd::engine::evaluate_function: MmBackward0", [], GAPS),
         ("aten::isfinite", [[1]], OTHER),
+        ("aten::_foreach_copy_", [], "casts and sums of weights"),
     ],
 )
 def test_categories(name: str, sizes: list[list[int]], expected: str) -> None:
@@ -204,9 +223,10 @@ def test_a_real_step_on_this_machine(tmp_path: Path) -> None:
     missing = [name for name, seconds in parts.items() if seconds <= 0 and name != OTHER]
     assert not missing
     assert parts[OTHER] < 0.2 * sum(parts.values())
-    text = "\n".join(waterfall_lines(parts))
+    text = "\n".join(waterfall_lines(parts, timed=0.125))
     assert "matmul lm_head" in text
     assert f"{1e3 * sum(parts.values()):.2f} ms" in text
+    assert text.splitlines()[-1].split() == ["a", "step,", "as", "timed", "125.00", "ms"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -127,9 +127,15 @@ class BaseRun:
         if self.settings.deterministic or self.device.type == "cpu":
             use_deterministic_algorithms()
         seed_everything(self.settings.seed)
+        self.compile = bool(self.settings.compile)
+        if self.compile and (obstacle := compile_obstacle(self.device)):
+            print0(f"torch.compile cannot be used here: {obstacle}; training without it is slower")
+            self.compile = False
+        if self.settings.cuda_graphs and (self.device.type != "cuda" or not self.compile):
+            raise UserError("--cuda-graphs needs a CUDA GPU and --compile: leave it out")
         dtype = compute_dtype(self.device)
         try:
-            fused = LEFT_TO_COMPILER if self.settings.fp8 and self.settings.compile else None
+            fused = LEFT_TO_COMPILER if self.settings.fp8 and self.compile else None
             set_backend(str(self.settings.kernels), left_to_compiler=fused)
             table = backend_table(self.device, dtype)
         except ValueError as error:
@@ -228,16 +234,10 @@ class BaseRun:
         check_free_disk(self.directory, needed)
 
     def _make_step(self) -> None:
-        compile = bool(self.settings.compile)
-        if compile and (obstacle := compile_obstacle(self.device)):
-            print0(f"torch.compile cannot be used here: {obstacle}; training without it is slower")
-            compile = False
-        if self.settings.cuda_graphs and (self.device.type != "cuda" or not compile):
-            raise UserError("--cuda-graphs needs a CUDA GPU and --compile: leave it out")
         self.train_step = TrainStep(
             self.model,
             self.optimizers,
-            compile=compile,
+            compile=self.compile,
             cuda_graphs=self.settings.cuda_graphs,
             grad_clip=self.settings.grad_clip,
             say=self.say,

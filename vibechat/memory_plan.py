@@ -45,8 +45,9 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        lines = [f"  {name:<34} {size / 2**30:>8.2f} GiB" for name, size in self.parts.items()]
-        return "\n".join([*lines, f"  {'memory of a step, as planned':<34} {self.total / 2**30:>8.2f} GiB"])
+        unit, name_of_it = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
+        rows = {**self.parts, "memory of a step, as planned": self.total}
+        return "\n".join(f"  {name:<38} {size / unit:>8.2f} {name_of_it}" for name, size in rows.items())
 
 
 def values_per_channel(form: str) -> int:
