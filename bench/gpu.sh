@@ -14,7 +14,8 @@
 #
 # mfu on an H200, as it was planned and never measured: of its 8.5 minutes some two and a quarter for each form that is
 # compiled (compiling alone takes 60 to 90 s at depth 26) and one and a half for eager, all at 16 rows and in the order of
-# their worth; what is left goes to vibechat with 32 rows, and at least the last 15% to attention.
+# their worth; what is left goes to vibechat with 32 rows, and at least the last 15% to attention. On an H100 eager is
+# measured with 8 rows, if 16 do not fit.
 #
 # Where there is no GPU, all of it is a rehearsal: the same commands at tiny shapes, kernels in Triton's interpreter (real
 # steps without any), results in a temporary directory. What it measures means nothing; that it ends well does.

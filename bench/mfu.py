@@ -7,10 +7,11 @@
     fp8       the same with --fp8 (only where --only names it, and left out where the device cannot: Hopper can)
 
 Each runs in a process of its own, and one that fails or runs out of memory costs the others nothing. All are measured
-at the largest micro-batch that all fit (or --common-batch-size), then each, in the order of --only, at the largest that
-it fits itself. On a CPU they take turns round by round, so that a slow minute of the machine falls on all of them; on a
-GPU, where two do not fit, they come one after another. A ratio is the median over rounds of (the other's seconds / ours
-in the same round).
+at the largest micro-batch that all fit, then each, in the order of --only, at the largest that it fits itself; with
+--common-batch-size before that each at this one, or at its largest where it does not fit so many rows. On a CPU they
+take turns round by round, so that a slow minute of the machine falls on all of them; on a GPU, where two do not fit,
+they come one after another. A ratio is the median over rounds of (the other's seconds / ours in the same round); where
+each is at its own best, of the tokens a second.
 
 MFU = FLOPs a token x tokens a second / peak. The peak is the data sheet's dense bf16 rate where the device is known,
 else what a 4096-cubed matmul in the compute dtype reaches in the same process. `mfu` counts causal attention, `mfu
@@ -25,6 +26,7 @@ Ctrl-C (SIGINT) ends it at once, with a table of what was measured so far and ex
 
 import argparse
 import contextlib
+import itertools
 import json
 import shlex
 import signal
@@ -52,6 +54,7 @@ from vibechat.scaling import model_config
 
 CPU_BAR = 1.3  # vibechat's whole step against the forward + backward of plain
 IMPLEMENTATIONS = ("plain", "eager", "compiled", "vibechat", "fp8")
+COMPARED = ("plain", "eager", "compiled")  # what the others are so many times as fast as
 Runs = dict[tuple[str, int], dict[str, Any]]  # (implementation, micro-batch) -> facts, rounds, where a step goes
 
 
@@ -104,13 +107,12 @@ class Benchmark:
         return largest_planned(config, form, rows, self.device, checkpointing=self.args.activation_checkpointing)
 
     def _missing(self, limits: dict[str, int]) -> tuple[list[str], int] | None:
-        """(implementations, micro-batch) to measure next: first what all fit, then each one's largest."""
+        """(implementations, micro-batch) to measure next: at what was asked for, at what all fit, at each one's largest."""
         if not limits:
             return None
-        common = min(limits.values())
-        if self.args.common_batch_size:
-            common = min(common, self.args.common_batch_size)
-        for sizes in (dict.fromkeys(limits, common), limits):
+        asked = self.args.common_batch_size or min(limits.values())
+        at_most = {name: min(size, asked) for name, size in limits.items()}
+        for sizes in (at_most, dict.fromkeys(limits, min(at_most.values())), limits):
             missing = [name for name, size in sizes.items() if (name, size) not in self.runs]
             if missing:
                 return [name for name in missing if sizes[name] == sizes[missing[0]]], sizes[missing[0]]
@@ -161,10 +163,9 @@ class Benchmark:
     # -- what came of it
 
     def common(self) -> int | None:
-        """The largest micro-batch at which each implementation that fits at all was measured."""
-        names = {name for name, _ in self.runs}
-        sizes = {size for _, size in self.runs if names == {name for name, s in self.runs if s == size}}
-        return max(sizes, default=None)
+        """The micro-batch at which most implementations were measured, the largest such one."""
+        sizes = [size for _, size in self.runs]
+        return max(sizes, key=lambda size: (sizes.count(size), size), default=None)
 
     def content(self) -> dict[str, Any]:
         """The run as JSON."""
@@ -176,6 +177,9 @@ class Benchmark:
             row = {"micro_batch": size, **table_of(args.total_batch_size, {name: run})[name]}
             if name not in best or row["tokens_per_second"] > best[name]["tokens_per_second"]:
                 best[name] = row
+        for row, (other, theirs) in itertools.product(best.values(), best.items()):
+            if other in COMPARED and theirs is not row:
+                row[f"ratio_to_{other}"] = row["tokens_per_second"] / theirs["tokens_per_second"]
         workload = {name: getattr(args, name) for name in baseline.WORKLOAD if name != "micro_batch"}
         return {
             "environment": provenance(self.device),
@@ -204,7 +208,7 @@ def table_of(tokens: int, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str
             "tokens_per_second": tokens / statistics.median(seconds),
             "memory_bytes": max(result["memory_bytes"] for result in run["rounds"]),
         }
-        for other in ("plain", "eager", "compiled"):
+        for other in COMPARED:
             if other in runs and other != name:
                 pairs = zip(seconds, (result["seconds"] for result in runs[other]["rounds"]), strict=False)
                 ratios = [theirs / ours for ours, theirs in pairs]
@@ -228,7 +232,7 @@ def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     head = f"{'':<10}{'rows':>6}{'ms a step':>11}{'spread':>8}{'tokens/s':>11}{'x plain':>9}{'x eager':>9}"
     print(f"{head}{'x comp.':>9}{'mfu':>8}{'mfu full':>10}{'GiB':>8}")
     for name, row in rows.items():
-        others = [f"ratio_to_{other}" for other in ("plain", "eager", "compiled")]
+        others = [f"ratio_to_{other}" for other in COMPARED]
         ratios = [f"{row[other]:.2f}" if other in row else "" for other in others]
         shares = [f"{100 * row[key]:.1f}%" if key in row else "" for key in ("mfu", "mfu_full")]
         print(
@@ -245,9 +249,9 @@ def print_run(run: dict[str, Any]) -> None:
             print(f"{name} did not fit with {', '.join(map(str, sizes))} rows")
     size = run["workload"]["micro_batch"]
     if run["rows"]:
-        print_table(
-            "at the largest micro-batch that all fit", {n: {"micro_batch": size} | r for n, r in run["rows"].items()}
-        )
+        who = "all" if run["rows"].keys() == run["best"].keys() else "most"
+        rows = {name: {"micro_batch": size} | row for name, row in run["rows"].items()}
+        print_table(f"at the largest micro-batch that {who} fit", rows)
     if any(row["micro_batch"] != size for row in run["best"].values()):
         print_table("each at its own best micro-batch", run["best"])
     for one in run["runs"]:

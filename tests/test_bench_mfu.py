@@ -169,8 +169,33 @@ def test_all_are_compared_at_the_size_that_was_asked_for_and_then_each_at_its_be
     flags = ("--total-batch-size", "64", "--device-batch-size", "4", "--common-batch-size", "1")
     run({"vibechat": [0.5], "eager": [2.0]}, *flags)
     assert Recorded.started == [("vibechat", 1), ("eager", 1), ("vibechat", 4), ("eager", 4)]
-    _, _, _, content = run({"vibechat": [0.5], "eager": [2.0]}, *flags[:-1], "4", eager=2)
-    assert content["workload"]["micro_batch"] == 2  # fewer rows where not all fit so many
+
+
+def test_one_that_does_not_fit_what_was_asked_for_is_measured_at_its_largest_before_the_others_follow_it(
+    run: Callable[..., Any],
+) -> None:
+    flags = ("--total-batch-size", "64", "--device-batch-size", "4", "--common-batch-size", "4")
+    seconds = {"vibechat": [0.5], "compiled": [1.0], "eager": [2.0]}
+
+    class OutOfTime(Recorded):
+        def __init__(self, name: str, *args: Any) -> None:
+            if len(self.started) == 6:
+                raise KeyboardInterrupt
+            super().__init__(name, *args)
+
+    for worker in (Recorded, OutOfTime):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mfu, "Worker", worker)
+            _, output, _, content = run(seconds, *flags, eager=2)
+        assert Recorded.started[:6] == [(name, 4) for name in (*seconds, "vibechat", "compiled")] + [("eager", 2)]
+        if worker is OutOfTime:
+            assert content["workload"]["micro_batch"] == 4
+            assert "at the largest micro-batch that most fit" in output
+            assert content["best"]["vibechat"]["ratio_to_eager"] == pytest.approx(2.0 / (0.8 * 0.5))
+        else:
+            assert Recorded.started[6:] == [("vibechat", 2), ("compiled", 2)]
+            assert content["workload"]["micro_batch"] == 2  # fewer rows where not all fit so many
+            assert "at the largest micro-batch that all fit" in output
 
 
 def test_fp8_is_left_out_where_there_is_none(run: Callable[..., Any]) -> None:
