@@ -39,7 +39,9 @@ class Shape(NamedTuple):
 
 
 def calls_of(shape: Shape, way: str, device: torch.device, dtype: torch.dtype, *, backward: bool) -> list[Any]:
-    """Two calls of `attend` on different inputs."""
+    """Two calls of `attend` on different inputs. What FlexAttention was compiled for before is forgotten: after eight
+    shapes torch.compile would run it eagerly, with every score in memory."""
+    torch._dynamo.reset()
     window = WINDOW if way == "flex-window" else None
     return [_call(shape, window, device, dtype, backward=backward, seed=seed) for seed in range(2)]
 

@@ -26,6 +26,7 @@ case "$part" in check | kernels | mfu) shift ;; *) echo "usage: bench/gpu.sh che
 python="$(command -v python3 || command -v python)"
 gpu="$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')" || { echo "error: $python has no torch" >&2; exit 2; }
 questions="-m gpu tests/gpu"
+"$python" -c 'import xdist' >/dev/null 2>&1 && questions="-n 3 --dist worksteal $questions"  # a compiler is what they wait for
 steps=(--depth "${DEPTH:-26}" --kernels "${KERNELS:-triton}" --common-batch-size 16)
 if [ "$gpu" = 0 ]; then
     export OUT="${OUT:-$(mktemp -d)}"
@@ -62,7 +63,7 @@ status=0
 case "$part" in
 check)
     step ceilings 50 "$python" -m bench.ceilings
-    # shellcheck disable=SC2086  # a marker and a path, or a path
+    # shellcheck disable=SC2086  # options and a path, or a path
     step gpu-tests 100 "$python" -m pytest -p no:cacheprovider -q $questions
     ;;
 kernels)

@@ -107,7 +107,7 @@ class Benchmark:
         return largest_planned(config, form, rows, self.device, checkpointing=self.args.activation_checkpointing)
 
     def _missing(self, limits: dict[str, int]) -> tuple[list[str], int] | None:
-        """(implementations, micro-batch) to measure next: at what was asked for, at what all fit, at each one's largest."""
+        """(implementations, micro-batch) to measure next: at what was asked for, what all fit, each one's largest."""
         if not limits:
             return None
         asked = self.args.common_batch_size or min(limits.values())

@@ -46,6 +46,24 @@ def test_a_part_without_time_says_so_and_fails(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def python_that(tmp_path: Path, words: str) -> str:
+    """A PATH where python3 is a shell script of these cases."""
+    python = tmp_path / "bin/python3"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/bash\ncase "$*" in {words} esac\n')
+    python.chmod(0o755)
+    return os.pathsep.join((str(python.parent), os.environ["PATH"]))
+
+
+@pytest.mark.parametrize("xdist", [True, False])
+def test_a_gpu_answers_several_tests_at_a_time_where_pytest_can(xdist: bool, tmp_path: Path) -> None:
+    words = f"'-c import xdist') exit {0 if xdist else 1} ;; -c*) echo 1 ;; *) echo asked ;;"
+    done = gpu_sh(tmp_path / "out", "check", PATH=python_that(tmp_path, words))
+    assert done.returncode == 0, done.stderr
+    command = next(line for line in done.stdout.splitlines() if line.startswith("== gpu-tests"))
+    assert command.endswith(f"pytest -p no:cacheprovider -q {'-n 3 --dist worksteal ' * xdist}-m gpu tests/gpu")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_kernels_ends_well_and_leaves_what_it_measured(tmp_path: Path) -> None:
@@ -88,12 +106,8 @@ def test_mfu_ends_well_and_leaves_what_it_measured(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_step_whose_time_is_over_is_interrupted_and_leaves_what_it_said(tmp_path: Path) -> None:
     """With a python that never ends by itself."""
-    python = tmp_path / "bin/python3"
-    python.parent.mkdir()
     endless = "trap 'echo all that I had; exit 130' INT; while :; do sleep 0.1; done"
-    python.write_text(f'#!/bin/bash\ncase "$*" in -c*) echo 0 ;; *bench.mfu*) {endless} ;; *) echo ran ;; esac\n')
-    python.chmod(0o755)
-    path = os.pathsep.join((str(python.parent), os.environ["PATH"]))
+    path = python_that(tmp_path, f"-c*) echo 0 ;; *bench.mfu*) {endless} ;; *) echo ran ;;")
     done = gpu_sh(tmp_path / "out", "mfu", MINUTES="0.4", PATH=path)
     assert done.returncode == 1
     said = done.stdout.splitlines()

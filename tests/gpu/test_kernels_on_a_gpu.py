@@ -117,6 +117,7 @@ def test_relu2_mlp_keeps_half_of_the_hidden_activations(way: str) -> None:
     leaves = [x.requires_grad_() for x in op.inputs(shape, Source(GPU)).leaves]
 
     def kept(call: Callable[..., torch.Tensor]) -> int:
+        call(*leaves)  # the first matmul of a process makes room for cuBLAS
         before = torch.cuda.memory_allocated()
         y = call(*leaves)
         return torch.cuda.memory_allocated() - before - y.nbytes
