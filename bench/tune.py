@@ -11,7 +11,8 @@ then with the best of those the op forward and backward against the reference ea
 import argparse
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bench.shapes import Shape, Source, can_run_kernels, scale_of, usual_dtype
 from vibechat import kernels
 from vibechat.common import UserError
 from vibechat.kernels import tuning
+from vibechat.micro_batch import is_out_of_memory
 
 Table = dict[str, Any]
 
@@ -66,7 +68,9 @@ def seconds_of(op: Op, implementation: str, shape: Shape, device: torch.device, 
     case = Case(op.name, implementation, *shape, op.passes[0])
     try:
         return time_calls(calls_of(case, device, dtype), device, 0.1).median
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return float("inf")
 
 
@@ -129,10 +133,17 @@ def main(argv: list[str] | None = None) -> int:
     known = tuning.read_table(slug)
     content: Table = {**provenance(device), **{part: known.get(part, {}) for part in ("configs", "choices", "ops")}}
 
-    def measured(part: str, table: Table) -> None:
-        merge(content[part], table)  # whole after every part: a run that is cut off leaves what it had
+    failed: list[str] = []
+
+    def measured(part: str, measure: Callable[..., Table], op: Op, dtype: torch.dtype) -> None:
+        try:
+            merge(content[part], measure(op, device, dtype))
+        except Exception:  # costs the others nothing
+            traceback.print_exc()
+            failed.append(f"{part} of {op.name} in {dtype}")
+            return
         for file in dict.fromkeys((path, tuning.cached_file(slug))):
-            publish(file, content)
+            publish(file, content)  # whole after every part: a run that is cut off leaves what it had
         tuning.forget()  # what comes next runs with what was just found
 
     usual = usual_dtype(device)
@@ -140,11 +151,13 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in [usual, *(others if device.type == "cuda" else ())]:  # what training takes first
         for op in [op for op in OPS.values() if not args.ops or {op.name, op.backend_name} & set(args.ops)]:
             if dtype == usual:
-                measured("configs", best_configs(op, device, dtype))
-            measured("choices", best_ways(op, device, dtype))
-            measured("ops", against_plain(op, device, dtype))
+                measured("configs", best_configs, op, dtype)
+            measured("choices", best_ways, op, dtype)
+            measured("ops", against_plain, op, dtype)
     print(f"wrote {path}", flush=True)
-    return 0
+    if failed:
+        print(f"error: not measured, see above: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from bench.measure import (
     summarize,
     time_calls,
 )
-from bench.ops import OPS
+from bench.ops import OPS, Op
 from bench.shapes import MODELS, Model, Shape, Source
 from vibechat.kernels import tuning
 from vibechat.kernels.cost import norm_cost, qk_norm_rope_cost
@@ -248,6 +248,31 @@ def test_what_tune_writes_is_what_the_backend_reads(monkeypatch: pytest.MonkeyPa
 def test_tune_without_a_gpu_says_so() -> None:
     with pytest.raises(Exception, match="needs a GPU"):
         tune.main([])
+
+
+def test_a_kernel_that_fails_costs_tune_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def configs(op: Op, *_: object) -> dict[str, int]:
+        if op.name == "rms_norm":
+            raise RuntimeError("ptxas fails")
+        return {op.name: 1}
+
+    monkeypatch.setattr(tune, "can_run_kernels", lambda device: True)
+    monkeypatch.setattr(tune, "best_configs", configs)
+    monkeypatch.setattr(tune, "best_ways", lambda op, *_: {})
+    monkeypatch.setattr(tune, "against_plain", lambda op, *_: {op.name: 2})
+    monkeypatch.setattr(tune.kernels, "set_backend", lambda spec: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main(["--out", str(tmp_path), "--ops", "rms_norm", "qk_norm_rope"]) == 1
+    (file,) = tmp_path.glob("tuned-*.json")
+    content = json.loads(file.read_text())
+    assert content["configs"] == {"qk_norm_rope": 1}
+    assert content["ops"] == {"qk_norm_rope": 2, "rms_norm": 2}
+    errors = capsys.readouterr().err
+    assert "RuntimeError: ptxas fails" in errors
+    dtype = tune.usual_dtype(CPU)
+    assert errors.endswith(f"error: not measured, see above: configs of rms_norm in {dtype}\n")
 
 
 def test_the_matmuls_are_the_model_s() -> None:

@@ -1,5 +1,6 @@
-"""What the tests on a GPU share: one that loses the device costs no other."""
+"""What the tests on a GPU share: one that fails, or loses the device, costs no other."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -9,11 +10,17 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def the_device_is_there_afterwards() -> Iterator[None]:
-    """After an illegal access every call of this process fails: pytest-xdist is left to start another."""
+def nothing_is_left_of_it() -> Iterator[None]:
+    """Python keeps a failed test's exception, and with it its tensors. And after an illegal access every call of this
+    process fails: pytest-xdist is left to start another."""
     yield
+    if vars(sys).pop("last_value", None) is not None:
+        for name in ("last_exc", "last_type", "last_traceback"):
+            vars(sys).pop(name, None)
+        gc.collect()
     try:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     except RuntimeError as error:
         said = f"the device is lost to this process: {error}"
         if "PYTEST_XDIST_WORKER" not in os.environ:
