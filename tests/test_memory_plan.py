@@ -112,30 +112,30 @@ def test_eager_on_a_cpu_keeps_two_values_more() -> None:
     assert of_a_layer(loss_of) == pytest.approx(planned_of_a_layer("eager") + two, rel=TOLERANCE)
 
 
-def test_compiled_keeps_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+def compiled_loss(model: GPT, ids: Tensor) -> Tensor:
     """What the partitioner of torch.compile decides to keep, with the graphs run as they are."""
+    torch._dynamo.reset()
+    return torch.compile(loss_of, backend="aot_eager_decomp_partition", dynamic=False)(model, ids)
+
+
+def compiled_fp8_loss(model: GPT, ids: Tensor) -> Tensor:
+    torch._dynamo.reset()
+    model.set_fp8(True)
+    step = TrainStep(model, [])
+    compiled = torch.compile(step._eager_loss_sum, backend="aot_eager_decomp_partition", dynamic=False)
+    return compiled(ids, ids, step._cast_weights(2))
+
+
+def test_compiled_keeps_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_requested", "sdpa")
-
-    def run(model: GPT, ids: Tensor) -> Tensor:
-        torch._dynamo.reset()
-        return torch.compile(loss_of, backend="aot_eager_decomp_partition", dynamic=False)(model, ids)
-
-    assert of_a_layer(run) == pytest.approx(planned_of_a_layer("compiled"), rel=TOLERANCE)
+    assert of_a_layer(compiled_loss) == pytest.approx(planned_of_a_layer("compiled"), rel=TOLERANCE)
 
 
 def test_fp8_on_a_cpu_keeps_one_value_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention's output is laid out head by head there, so that the rows that its projection reads are a copy."""
     monkeypatch.setattr(attention, "_requested", "sdpa")
-
-    def run(model: GPT, ids: Tensor) -> Tensor:
-        torch._dynamo.reset()
-        model.set_fp8(True)
-        step = TrainStep(model, [])
-        compiled = torch.compile(step._eager_loss_sum, backend="aot_eager_decomp_partition", dynamic=False)
-        return compiled(ids, ids, step._cast_weights(2))
-
     one = 16 * 64 * 256 * 2
-    assert of_a_layer(run, itemsize=1) == pytest.approx(planned_of_a_layer("fp8") + one, rel=TOLERANCE)
+    assert of_a_layer(compiled_fp8_loss, itemsize=1) == pytest.approx(planned_of_a_layer("fp8") + one, rel=TOLERANCE)
 
 
 def test_weights_in_fp8_are_planned_as_they_are_held() -> None:
@@ -185,6 +185,17 @@ def test_kernels_keep_what_is_planned(as_on_a_gpu: None, kernels_on_meta: set[st
 @pytest.mark.parametrize("form", ["eager", "vibechat"])
 def test_checkpointing_keeps_what_is_planned(form: str, as_on_a_gpu: None, kernels_on_meta: set[str]) -> None:
     kept = kept_bytes(loss_of, 3, "meta", checkpointing=True) - kept_bytes(loss_of, 2, "meta", checkpointing=True)
+    assert kept == pytest.approx(planned_of_a_layer(form, checkpointing=True), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", ["auto", "sdpa"])
+@pytest.mark.parametrize(("form", "run", "matrices"), [("compiled", compiled_loss, 0), ("fp8", compiled_fp8_loss, 20)])
+def test_checkpointing_keeps_what_is_planned_when_compiled(
+    form: str, run: Callable[[GPT, Tensor], Tensor], matrices: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing within a block, whoever wrote its backward: 20 are the rounded weights, some of them transposed."""
+    monkeypatch.setattr(attention, "_requested", way)
+    kept = of_a_layer(run, matrices=matrices, itemsize=1, checkpointing=True)
     assert kept == pytest.approx(planned_of_a_layer(form, checkpointing=True), rel=TOLERANCE)
 
 

@@ -169,8 +169,10 @@ def trained(steps: int = 3, **kwargs: Any) -> list[Tensor]:
     return [*results, *(p.detach().clone() for p in model.parameters())]
 
 
-def test_checkpointing_changes_no_bit() -> None:
-    for mine, other in zip(trained(checkpointing=True), trained(), strict=True):
+@pytest.mark.parametrize("compile", [False, True])
+def test_checkpointing_changes_no_bit(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    for mine, other in zip(trained(checkpointing=True, compile=compile), trained(compile=compile), strict=True):
         assert torch.equal(mine, other)
 
 

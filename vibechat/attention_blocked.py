@@ -47,6 +47,7 @@ def _seen(block: Block, window: int | None, documents: Tensor | None, device: to
     return seen
 
 
+@torch.compiler.allow_in_graph  # one node, which activation checkpointing can mark to be computed again
 class _BlockedCausalAttention(torch.autograd.Function):
     """Causal attention on (B, H, T, D), block of queries by block of queries."""
 

@@ -117,6 +117,7 @@ def round_weights(weights: Sequence[Tensor], rounded: Sequence[Fp8Weight]) -> No
         one.w8_t.copy_(one.w8.t())
 
 
+@torch.compiler.allow_in_graph  # one node, which activation checkpointing can mark to be computed again
 class _Fp8Matmul(torch.autograd.Function):
     """x w^T for x (N, C) and w (F, C), whose gradient goes to w, and whose values are those of its rounding."""
 
