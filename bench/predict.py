@@ -15,8 +15,9 @@ tokens x channels in bfloat16 is read or written, forward and backward, in each 
                                                      sweeps; one, and dw added up over the chunks in fp32
 
 Attention runs at published rates, cuDNN's for all three, since all three call `attend`; --attention flash2 is PyTorch's
-own choice on Hopper. The optimizer is a step's, shared by its micro-batches: fp32 states read and written,
-Newton-Schulz in half precision.
+own choice on Hopper. The optimizer is a step's, shared by its micro-batches: the FLOPs of Newton-Schulz in 16 bits, its
+symmetric products halved with the kernels alone, and 36 bytes a number of a matrix (gradient norm 4, momentum 12 + 10,
+update 10), 32 of the embedding and the head (norm 4, AdamW 28). Eager's further passes over them are not counted.
 The ceilings are those of an H200, 4.3 TB/s and 788 TFLOP/s; --ceilings takes what bench.ceilings measured.
 """
 
@@ -25,8 +26,12 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.ops.newton_schulz import matrices as matrices_of
+from bench.shapes import Model
 from vibechat import memory_plan
+from vibechat.common import UserError
 from vibechat.gpt import GPTConfig
+from vibechat.kernels.cost import newton_schulz_flops
 from vibechat.scaling import model_config
 
 FORMS = tuple(form for form in memory_plan.FORMS if form != "fp8")  # whose matmuls have no predicted rate
@@ -100,8 +105,11 @@ def predict(
     hidden_passes = HIDDEN_PASSES_FUSED if fused_mlp and form == "vibechat" else HIDDEN_PASSES[form]
     matrices = 12 * C * C * L
     casts = (6 + (24 if form == "eager" else 10) * micro_batches) * (matrices + V * C) / micro_batches
-    newton_schulz = 5 * L * (4 * 4 * C**3 + 2 * 2 * C * C * (8 * C + C))  # of (m, n): 2 m (2 m n + m m) a step
-    states = (4 * 5 * matrices + 4 * 7 * 2 * V * C) / bandwidth
+    square, wide = (matrices_of(Model(L, C, config.n_head), form) for form in (False, True))
+    halved = form == "vibechat"
+    newton_schulz = newton_schulz_flops(*square, symmetric=halved)
+    newton_schulz += newton_schulz_flops(*wide, symmetric=halved, restarts=2)
+    states = (36 * matrices + 32 * 2 * V * C) / bandwidth
     parts = {
         "matmul qkv+o": 6 * N * 4 * C * C * L / rate,
         "matmul mlp": 6 * N * 8 * C * C * L / rate,
@@ -119,9 +127,12 @@ def predict(
 
 
 def read_ceilings(path: Path) -> Ceilings:
-    """Those that bench.ceilings measured."""
-    measured = json.loads(path.read_text(encoding="utf-8"))["ceilings"]
-    return Ceilings(measured["copy_bytes_per_second"], measured["matmul_flops_per_second"])
+    """Those that bench.ceilings measured. Raises UserError for a file that holds none."""
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))["ceilings"]
+        return Ceilings(measured["copy_bytes_per_second"], measured["matmul_flops_per_second"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--ceilings {path}: not what bench.ceilings writes ({error})") from error
 
 
 def lines_of(depth: int, ceilings: Ceilings, args: argparse.Namespace) -> list[str]:
@@ -167,7 +178,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--fused-mlp", action="store_true", help="vibechat's MLP as the fused matmul")
     args = parser.parse_args(argv)
-    ceilings = read_ceilings(args.ceilings) if args.ceilings else Ceilings()
+    if min(*args.depths, args.rows, args.total_batch_size, args.matmul_share) <= 0:
+        parser.error("--depths, --rows, --total-batch-size and --matmul-share must be positive")
+    try:
+        ceilings = read_ceilings(args.ceilings) if args.ceilings else Ceilings()
+    except UserError as error:
+        parser.error(str(error))
     print(
         f"copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s, matmul {ceilings.matmul_flops_per_second / 1e12:.0f} "
         f"TFLOP/s of which the model's reach {100 * args.matmul_share:.0f}%, MFU of {PEAK / 1e12:.1f} TFLOP/s"

@@ -65,6 +65,16 @@ def test_the_bars_are_within_what_is_predicted() -> None:
     assert found["compiled"].seconds / found["vibechat"].seconds > 1.0
 
 
+def test_the_optimizer_is_newton_schulz_and_its_states() -> None:
+    """Depth 26 at 788 TFLOP/s: 9.6 and 11.3 TFLOP with triangles, 4.3 TB/s for 864 and 218 million parameters."""
+    ours, compiled = (
+        predict.predict(D26, 32, form, micro_batches=1).parts["optimizer"] for form in ("vibechat", "compiled")
+    )
+    states = (36 * 864e6 + 32 * 218e6) / 4.3e12
+    assert ours == pytest.approx(20.9e12 / 788e12 + states, rel=0.01)
+    assert compiled == pytest.approx((14.4e12 + 16.8e12) / 788e12 + states, rel=0.01)
+
+
 def test_what_the_loss_moves_is_counted() -> None:
     rows, width, vocabulary = 2048, 16, 4096
     x, w = (torch.empty(n, width, dtype=torch.bfloat16, device="meta").requires_grad_() for n in (rows, vocabulary))
@@ -83,6 +93,35 @@ def test_the_fused_mlp_is_vibechats_alone() -> None:
     }
     changed = {form: plain.seconds != fused.seconds for form, (plain, fused) in both.items()}
     assert changed == {"eager": False, "compiled": False, "vibechat": True}
+
+
+def test_it_prints_waterfalls_of_d12_d20_and_d26_that_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict.main([]) == 0
+    tables = capsys.readouterr().out.split("\n\n")[1:]
+    assert [table.split(",")[0] for table in tables] == ["d12", "d20", "d26"]
+    for table in tables:
+        lines = table.splitlines()[2:]
+        rows = {line[:28].strip(): [float(x.rstrip("%").replace(",", "")) for x in line[28:].split()] for line in lines}
+        parts = [numbers for name, numbers in rows.items() if name in CATEGORIES]
+        assert len(parts) == 10
+        for summed, said in zip(zip(*parts, strict=True), rows["the micro-step"], strict=True):
+            assert sum(summed) == pytest.approx(said, abs=0.6)  # each is rounded to a tenth
+        assert all(0 < share < 100 for share in rows["MFU, causal"] + rows["MFU, full"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--depths", "12", "0"], "must be positive"),
+        (["--rows", "-1"], "must be positive"),
+        (["--ceilings", "no such file"], "--ceilings no such file: not what bench.ceilings writes"),
+        (["--ceilings", __file__], "not what bench.ceilings writes"),
+    ],
+)
+def test_what_is_no_prediction(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(flags)
+    assert words in capsys.readouterr().err
 
 
 def test_measured_ceilings_replace_the_stated_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
