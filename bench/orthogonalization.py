@@ -38,7 +38,7 @@ from vibechat.common import UserError, compute_dtype
 from vibechat.kernels import normalization
 from vibechat.kernels.cost import newton_schulz_flops
 from vibechat.kernels.language import INTERPRETING, triton
-from vibechat.kernels.newton_schulz import launch, orthogonalize, standard_form
+from vibechat.kernels.newton_schulz import launch, orthogonalize, spans, standard_form
 from vibechat.kernels.normalization import normalized
 
 STEPS = 5
@@ -170,9 +170,10 @@ def rows(model: Model, device: torch.device, matmul_flops_per_second: float) -> 
     kernels.set_backend("triton" if can_run_kernels(device) else "torch")
     compiled = torch.compile(standard_form, dynamic=False, backend="aot_eager" if INTERPRETING else "inductor")
     times = seconds(model, device, compiled)
+    restarts = len(spans(STEPS, _our_dtype(device))) - 1
     flops = sum(
-        newton_schulz_flops(*matrices(model, wide), restarts=2 if wide else -1, symmetric=can_run_kernels(device))
-        for wide in SHAPES.values()
+        newton_schulz_flops(*matrices(model, w), restarts=restarts if w else -1, symmetric=can_run_kernels(device))
+        for w in SHAPES.values()
     )
     one_restart = sum(newton_schulz_flops(*matrices(model, w), restarts=1 if w else -1) for w in SHAPES.values())
     yield Row(f"all matrices of d{model.depth}", 1e3 * times["all"][0], "ms", TIME_BAR)

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from vibechat.kernels.newton_schulz import POLAR_EXPRESS
 
-SPECTRA = ("random", "ill-conditioned", "rank-deficient", "dominated")
+SPECTRA = ("random", "ill-conditioned", "rank-deficient", "dominated", "harmonic")
 
 
 def matrix(kind: str, m: int, n: int, seed: int = 0) -> Tensor:
-    """(m, n) in float64: normal; singular values from 1 to 1e-3; rank m / 8 and 1e-2 of noise; one 1, others 0.003."""
+    """(m, n) in float64: normal; singular values from 1 to 1e-3; rank m / 8 and 1e-2 of noise; one 1, others 0.003;
+    1, 1/2, 1/3 and so on."""
     rng = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -26,6 +27,8 @@ def matrix(kind: str, m: int, n: int, seed: int = 0) -> Tensor:
     if kind == "dominated":
         values = torch.full((k,), 3e-3, dtype=torch.float64)
         values[0] = 1
+    if kind == "harmonic":
+        values = 1 / torch.arange(1, k + 1, dtype=torch.float64)
     return u * values @ v.T
 
 

@@ -53,7 +53,26 @@ def test_the_gram_form_is_no_worse_than_the_standard_form(dtype: torch.dtype) ->
         truth = torch.stack([exact(one) for one in g])
         x = normalized(g, dtype)
         gram, standard = (relative(form(x, 5), truth) for form in (gram_form, standard_form))
-        assert gram < (1.5 * standard if kind != "random" else 5 * standard) + 1e-4, (kind, gram, standard)
+        most = 2.5 if kind in ("random", "harmonic") else 1.5
+        assert gram < most * standard + 1e-4, (kind, gram, standard)
+
+
+def as_the_kernel_rounds(
+    a: Tensor, b: Tensor | None = None, *, d: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    """alpha a b^T + beta d in float32, rounded once, of which one triangle is the other's mirror."""
+    c = alpha * (a.float() @ (a if b is None else b).float().mT) + (0 if d is None else beta * d.float())
+    return (c.tril() + c.tril(-1).mT).to(a.dtype)
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_one_restart_is_enough_for_float16(kind: str) -> None:
+    """In the band, and with at most half the error that bfloat16 has in standard form."""
+    g = matrix(kind, 256, 1024)[None]
+    x, truth = normalized(g, torch.float16), exact(g[0])[None]
+    result = gram_form(x, 5, as_the_kernel_rounds)
+    check_spectrum(result[0], x[0], floor=3e-4)
+    assert relative(result, truth) < 0.5 * relative(standard_form(normalized(g, torch.bfloat16), 5), truth)
 
 
 def test_a_tall_stack_is_orthogonalized_as_it_lies() -> None:
@@ -83,7 +102,7 @@ def test_transposition_commutes_exactly(shape: tuple[int, int], dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64)])
 def test_a_stack_is_its_members_one_by_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    stack = torch.stack([matrix(kind, *shape) for kind in SPECTRA]).to(dtype)
+    stack = torch.stack([matrix(kind, *shape) for kind in SPECTRA[:4]]).to(dtype)
     together = newton_schulz(stack.reshape(2, 2, *shape)).reshape(stack.shape)
     for one, member in zip(together, stack, strict=True):
         assert relative(one, newton_schulz(member)) < {8: 1e-9, 4: 1e-4, 2: 0.1}[dtype.itemsize]
@@ -121,8 +140,9 @@ def test_no_finite_input_gives_nan(numbers: list[float], dtype: torch.dtype) -> 
         assert torch.isfinite(newton_schulz(g)).all()
 
 
-def test_restarts_come_after_two_steps_and_where_16_bits_need_them() -> None:
-    assert [spans(steps, torch.float32) for steps in (0, 1, 2, 5, 8)] == [[], [1], [2], [2, 3], [2, 3, 3]]
-    assert [spans(steps, torch.float16) for steps in (2, 5, 7)] == [[2], [2, 1, 2], [2, 1, 2, 2]]
+def test_restarts_come_after_three_steps_or_two() -> None:
+    for dtype in (torch.float32, torch.float16):
+        assert [spans(steps, dtype) for steps in (0, 1, 3, 5, 8)] == [[], [1], [3], [3, 2], [3, 2, 2, 1]]
+    assert [spans(steps, torch.bfloat16) for steps in (2, 5, 7)] == [[2], [2, 1, 2], [2, 1, 2, 2]]
     assert len(polynomials(7)) == 7
     assert polynomials(7)[4] == polynomials(7)[6]

@@ -101,5 +101,5 @@ def newton_schulz_cost(count: int, m: int, n: int, itemsize: int) -> Cost:
     walks = 2 * count * m * n * itemsize + x
     if 2 * n <= 3 * m:
         return Cost(walks + 5 * ((x + gram) + 2 * gram + (gram + 2 * x)), newton_schulz_flops(count, m, n))
-    products = 3 * ((x + gram) + (gram + 2 * x)) + 5 * 2 * gram + 2 * 3 * 3 * gram
-    return Cost(walks + products, newton_schulz_flops(count, m, n, restarts=2))
+    products = 2 * ((x + gram) + (gram + 2 * x)) + 5 * 2 * gram + 3 * (4 + 3 + 2 * 3) * gram
+    return Cost(walks + products, newton_schulz_flops(count, m, n, restarts=1))

@@ -12,9 +12,16 @@ but matmuls. With rows m, columns n >= m (a tall matrix is transposed) there are
 For n = 4 m five steps are 90 m^3 FLOPs in standard form, 60 m^3 in Gram form with one restart and 70 with two; where a
 symmetric product costs half, 65, 38 and 47. For n = m they are 30 (20 symmetric) in standard form, which the Gram form
 never beats. `vibechat.kernels.cost` counts them.
+
+In Gram form what is rounded to 16 bits is z of Z = a (I + z) and q of Q = s (I + q), where the numbers a and s stay
+exact. After three steps Q is 128 on small singular values and 1 on large ones, and 128 on a diagonal would be off by
+more than 1 may be. In float16 R is kept 4,096-fold, which keeps its entries off the subnormals.
 Sources: Amsel et al. 2025, "The Polar Express", arXiv 2505.16932; Jordan et al. 2024, "Muon"; the Gram form after
 Dao-AILab/gram-newton-schulz.
 """
+
+import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,16 +47,17 @@ def polynomials(steps: int) -> list[Quintic]:
 
 
 def spans(steps: int, dtype: torch.dtype) -> list[int]:
-    """How many steps of the Gram form go by between restarts: with five steps (2, 3), in 16 bits (2, 1, 2).
+    """How many steps of the Gram form go by between restarts: with five steps (3, 2), in bfloat16 (2, 1, 2).
 
-    On 384 x 1536 with singular values from 1 to 1e-3, one restart leaves an error of 0.068 of the norm and a largest
-    singular value of 1.23 in float16 (0.27 and 1.58 in bfloat16, on 256 x 1024); two leave 0.0074 and 1.142 (0.07 and
-    1.15), what the standard form leaves.
+    The first restart makes good what the steps before it amplified. After three, small singular values are so large
+    that float16 loses nothing that matters of the second R: (2, 3) leaves 1.25 as the largest singular value of
+    384 x 1536 ones from 1 to 1e-3 where (3, 2) leaves 1.142, as it must be. bfloat16 would need R to be eight times as
+    fine: there (3, 2) has left 1.99.
     """
+    pattern = itertools.chain((2, 1) if dtype == torch.bfloat16 else (3,), itertools.repeat(2))
     lengths: list[int] = []
     while sum(lengths) < steps:
-        usual = 3 if dtype.itemsize > 2 else 1 if len(lengths) == 1 else 2
-        lengths.append(min(2 if not lengths else usual, steps - sum(lengths)))
+        lengths.append(min(next(pattern), steps - sum(lengths)))
     return lengths
 
 
@@ -70,21 +78,33 @@ def standard_form(x: Tensor, steps: int) -> Tensor:
     return x
 
 
-def gram_form(x: Tensor, steps: int) -> Tensor:
-    """The same on the Gram matrix of x, with restarts."""
+def plain_product(
+    a: Tensor, b: Tensor | None = None, *, d: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    """alpha a b^T + beta d, rounded once; b of None is a."""
+    nothing = a.new_zeros(1, 1, 1)
+    return torch.baddbmm(nothing if d is None else d, a, (a if b is None else b).mT, beta=beta, alpha=alpha)
+
+
+def gram_form(x: Tensor, steps: int, product: Callable[..., Tensor] = plain_product) -> Tensor:
+    """The same on the Gram matrix of x, with restarts; `product` is called where the result is symmetric."""
     coefficients = polynomials(steps)
+    large = 4096.0 if x.dtype == torch.float16 else 1.0
     for span in spans(steps, x.dtype):
-        gram, product = x @ x.mT, None  # (count, m, m) both
+        gram, q, s = product(x, alpha=large), None, 1.0
         for step in range(span):
             a, b, c = coefficients.pop(0)
-            z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            z.diagonal(dim1=-2, dim2=-1).add_(a)
-            product = z if product is None else z @ product
+            z = product(gram, d=gram, alpha=c / a / large**2, beta=b / a / large)
+            q = z if q is None else product(z, q, d=z + q, beta=1.0)
+            s *= a
             if step + 1 < span:
-                gram = z @ gram @ z
-        assert product is not None
-        # a tall stack that was turned stays as it lies: product is symmetric, but for its rounding
-        x = (x.mT @ product).mT if x.stride(-1) != 1 else product @ x
+                half = product(z, gram, d=gram, alpha=a, beta=a)
+                gram = product(half, z, d=half, alpha=a, beta=a)
+        assert q is not None
+        if x.stride(-1) != 1:  # a tall stack that was turned stays as it lies: q is symmetric, but for its rounding
+            x = torch.baddbmm(x.mT, x.mT, q, beta=s, alpha=s).mT
+        else:
+            x = torch.baddbmm(x, q, x, beta=s, alpha=s)
     return x
 
 
@@ -95,29 +115,18 @@ def gram_form(x: Tensor, steps: int) -> Tensor:
 def launch(x: Tensor, steps: int) -> Tensor:
     """The iteration on normalized, contiguous x (count, m, n), m <= n, with the kernel for every symmetric product.
 
-    In 16 bits a I stands in the kernel's epilogue, so that a step's last product is a plain one, which cuBLAS does
-    best; float32, which is for exactness, adds a X in float32, and takes no Gram form.
+    In standard form and 16 bits a I stands in the kernel's epilogue, so that a step's last product is a plain one,
+    which cuBLAS does best; float32, which is for exactness, adds a X in float32, and takes no Gram form.
     """
     product = symmetric_matmul.launch
-    if x.dtype == torch.float32 or not wide(x):
-        for a, b, c in polynomials(steps):
-            gram = product(x)
-            if x.dtype == torch.float32:
-                x = torch.baddbmm(x, product(gram, d=gram, alpha=c, beta=b), x, beta=a)
-            else:
-                x = torch.bmm(product(gram, d=gram, alpha=c, beta=b, gamma=a), x)
-        return x
-    coefficients = polynomials(steps)
-    for span in spans(steps, x.dtype):
-        gram, total = product(x), None
-        for step in range(span):
-            a, b, c = coefficients.pop(0)
-            z = product(gram, d=gram, alpha=c, beta=b, gamma=a)
-            total = z if total is None else product(z, total)
-            if step + 1 < span:
-                gram = product(product(z, gram), z)
-        assert total is not None
-        x = torch.bmm(total, x)
+    if x.dtype != torch.float32 and wide(x):
+        return gram_form(x, steps, product)
+    for a, b, c in polynomials(steps):
+        gram = product(x)
+        if x.dtype == torch.float32:
+            x = torch.baddbmm(x, product(gram, d=gram, alpha=c, beta=b), x, beta=a)
+        else:
+            x = torch.bmm(product(gram, d=gram, alpha=c, beta=b, gamma=a), x)
     return x
 
 
