@@ -8,6 +8,7 @@ reference is always called directly, not through a custom op, so that Inductor c
 exceptions: `auto,relu2_mlp=torch`.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 from vibechat.kernels import tuning
 from vibechat.kernels.language import INTERPRETING, triton
@@ -146,7 +148,29 @@ def _decide(op: str, requested: str | None, device: torch.device, dtype: torch.d
     if decided is None:
         decided = choose(op, device, dtype).backend == "triton"
         _decided[op, requested, device, dtype] = decided
+    if decided and TracingContext.try_get() is not None:
+        _tell_inductor()
     return decided
+
+
+@functools.cache
+def _tell_inductor() -> None:
+    """That ops of ours are calls, before it meets one.
+
+    It would find that out, but PyTorch 2.11 then writes down, for a log that nobody keeps, what the op's arguments are
+    computed from (GraphLowering.call_function): a text that grows fourfold with each block before the loss, so that a
+    model of four blocks takes minutes to compile and one of 26 never ends.
+    """
+    try:
+        from torch._inductor import lowering
+
+        for name in torch.ops.vibechat:
+            op = getattr(torch.ops.vibechat, name).default
+            if op not in lowering.lowerings:
+                strides = lowering.tag_to_layout_constraint(lowering.get_layout_constraint_tag(op))
+                lowering.make_fallback(op, layout_constraint=strides, warn=False)
+    except (ImportError, AttributeError):  # another version's Inductor
+        return
 
 
 @torch.compiler.assume_constant_result
