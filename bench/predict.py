@@ -108,7 +108,7 @@ def predict(
     square, wide = (matrices_of(Model(L, C, config.n_head), form) for form in (False, True))
     halved = form == "vibechat"
     newton_schulz = newton_schulz_flops(*square, symmetric=halved)
-    newton_schulz += newton_schulz_flops(*wide, symmetric=halved, restarts=2)
+    newton_schulz += newton_schulz_flops(*wide, symmetric=halved, restarts=1)
     states = (36 * matrices + 32 * 2 * V * C) / bandwidth
     parts = {
         "matmul qkv+o": 6 * N * 4 * C * C * L / rate,

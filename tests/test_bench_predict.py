@@ -66,13 +66,13 @@ def test_the_bars_are_within_what_is_predicted() -> None:
 
 
 def test_the_optimizer_is_newton_schulz_and_its_states() -> None:
-    """Depth 26 at 788 TFLOP/s: 9.6 and 11.3 TFLOP with triangles, 4.3 TB/s for 864 and 218 million parameters."""
+    """Depth 26 at 788 TFLOP/s: 9.6 and 9.1 TFLOP with triangles, 4.3 TB/s for 864 and 218 million parameters."""
     ours, compiled = (
         predict.predict(D26, 32, form, micro_batches=1).parts["optimizer"] for form in ("vibechat", "compiled")
     )
     states = (36 * 864e6 + 32 * 218e6) / 4.3e12
-    assert ours == pytest.approx(20.9e12 / 788e12 + states, rel=0.01)
-    assert compiled == pytest.approx((14.4e12 + 16.8e12) / 788e12 + states, rel=0.01)
+    assert ours == pytest.approx(18.7e12 / 788e12 + states, rel=0.01)
+    assert compiled == pytest.approx((14.4e12 + 14.4e12) / 788e12 + states, rel=0.01)
 
 
 def test_what_the_loss_moves_is_counted() -> None:

@@ -1,11 +1,13 @@
 """--device-batch-size auto: the plan of this model with its optimizers, and the trial that has the last word."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from vibechat import memory_plan, micro_batch
+from vibechat.base_run import BaseRun
 from vibechat.common import UserError
 from vibechat.gpt import GPT, GPTConfig
 from vibechat.micro_batch import (
@@ -111,6 +113,19 @@ def test_running_out_names_the_flag_and_the_value(model: GPT, step: TrainStep, m
     assert "try a smaller --depth or --max-seq-len" in str(out_of_memory(model, step, 1))
     monkeypatch.setattr(model, "activation_checkpointing", True)
     assert "--activation-checkpointing" not in str(out_of_memory(model, step, 8))
+
+
+def test_a_run_that_runs_out_says_so_and_another_error_stays_what_it_is(model: GPT, step: TrainStep) -> None:
+    def raising(error: BaseException) -> BaseRun:
+        run = object.__new__(BaseRun)
+        run.model, run.train_step, run.B = model, step, 8
+        run.trainer = Mock(train=Mock(side_effect=error))
+        return run
+
+    with pytest.raises(UserError, match="out of memory with --device-batch-size 8 "):
+        raising(torch.OutOfMemoryError("no 3 GiB")).train()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")).train()
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def test_a_run_says_what_it_does(whole: Lab) -> None:
     assert "training one of 300 tokens" in printed
     assert "4 rows of 32 tokens a step, in 2 micro-batches of 3" in printed
     assert "TFLOP/s" in printed
+    assert re.search(r"^  attention +torch +blocked matmuls up to 1024 tokens", printed, re.MULTILINE)
+    assert printed.index("memory of a step, as planned") < printed.index("step 07/30")
     assert re.search(r"^step 07/30 \| loss \d", printed, re.MULTILINE)
     for name in ("this model", "zlib -9", "bzip2 -9", "xz -9e"):
         assert re.search(rf"^  {name} +\d\.\d{{4}}$", printed, re.MULTILINE)
