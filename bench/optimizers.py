@@ -3,8 +3,8 @@
 Equal tokens, equal data, equal seeds: Muon for the matrices of the blocks (AdamW for embedding and head, as always),
 and AdamW for everything with the matrices' learning rate swept. AdamW is given its best: every rate of the sweep runs
 with the first seed, a sweep whose best rate is at an end goes on past it, and the best rate runs with every seed. Muon
-runs at the trainer's default rate, unswept; so do its options, one at a time: `normuon`, and `cautious` weight decay,
-of which every decay runs with the first seed and the best with every seed.
+runs at the trainer's default rate, unswept; so do its options, one at a time, `normuon`, and `cautious` weight decay,
+of which every decay runs with the first seed and the best with every seed; and then `both`, with that decay.
 
 Each run is `scripts/train.py` in a process of its own, its result a line of DIR/runs.jsonl: a run that stands there is
 not repeated, so that a comparison that was broken off goes on where it was. The table is the mean and the standard
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SWEEP = (0.001, 0.002, 0.004, 0.008, 0.016)
 MUON_LR = 0.02  # the trainer's
 DECAYS = (0.02, 0.1, 0.5)  # times the rate, what a step takes of a weight that it makes smaller anyway
-OPTIMIZERS = ("adamw", "muon", "normuon", "cautious")
+OPTIMIZERS = ("adamw", "muon", "normuon", "cautious", "both")
 MOST_EXTRA_RATES = 4
 
 
@@ -82,7 +82,7 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "model-tag": run.tag,
         "run": run.tag,
     }
-    flags |= {"normuon": "true"} if run.optimizer == "normuon" else {}
+    flags |= {} if run.optimizer == "adamw" else {"normuon": str(run.optimizer in ("normuon", "both")).lower()}
     flags |= {"matrix-weight-decay": run.decay} if run.decay else {}
     command = [sys.executable, str(ROOT / "scripts/train.py"), *(f"--{k}={v}" for k, v in flags.items())]
     environment = os.environ | {"VIBECHAT_BASE_DIR": str(base)}
@@ -102,7 +102,7 @@ def next_run(
     results: Results, optimizers: Sequence[str], rates: Sequence[float], seeds: Sequence[int], decays: Sequence[float]
 ) -> Run | None:
     """What to train next: AdamW's sweep, past its ends while the best is there, then all seeds of its best rate; Muon;
-    its options."""
+    its options, of which `both` waits for the best decay of `cautious`, or takes the first."""
     first = seeds[0]
     wanted: list[Run] = []
     if "adamw" in optimizers:
@@ -121,6 +121,10 @@ def next_run(
         wanted += sweep
         if results.keys() >= set(sweep):
             wanted += [best_run(results, "cautious", first)._replace(seed=seed) for seed in seeds]
+    if "both" in optimizers:
+        decayed = any((run.optimizer, run.seed) == ("cautious", first) for run in results)
+        decay = best_run(results, "cautious", first).decay if decayed else decays[0]
+        wanted += [Run("both", MUON_LR, seed, decay) for seed in seeds]
     return next((run for run in wanted if run not in results), None)
 
 

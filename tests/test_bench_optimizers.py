@@ -47,11 +47,13 @@ def test_muon_runs_with_every_seed_after_adamw() -> None:
 
 
 @pytest.mark.parametrize("best", [0.1, 0.2])
-def test_options_come_one_at_a_time_after_muon(best: float) -> None:
-    results = played({best: 1.0}, ["cautious", "normuon", "muon"])
+def test_options_come_one_at_a_time_after_muon_and_then_both(best: float) -> None:
+    results = played({best: 1.0}, ["cautious", "both", "normuon", "muon"])
     plain = [Run(name, MUON_LR, seed) for name in ("muon", "normuon") for seed in SEEDS]
     sweep = [Run("cautious", MUON_LR, 1, decay) for decay in (0.1, 0.2)]
-    assert list(results) == [*plain, *sweep, *(Run("cautious", MUON_LR, seed, best) for seed in (2, 3))]
+    cautious = [Run("cautious", MUON_LR, seed, best) for seed in (2, 3)]
+    assert list(results) == [*plain, *sweep, *cautious, *(Run("both", MUON_LR, seed, best) for seed in SEEDS)]
+    assert list(played({}, ["both"])) == [Run("both", MUON_LR, seed, 0.1) for seed in SEEDS]
 
 
 def test_a_run_is_told_its_optimizer_and_nothing_of_the_options_of_others(
@@ -73,9 +75,10 @@ def test_a_run_is_told_its_optimizer_and_nothing_of_the_options_of_others(
     muon = {"matrix-optimizer": "muon", "matrix-lr": "0.02"}
     assert said == {
         **{run.tag: {"matrix-optimizer": "adamw", "matrix-lr": f"{run.matrix_lr}"} for run in swept},
-        "muon-0.02-1": muon,
+        "muon-0.02-1": muon | {"normuon": "false"},
         "normuon-0.02-1": muon | {"normuon": "true"},
-        "cautious-0.02-0.1-1": muon | {"matrix-weight-decay": "0.1"},
+        "cautious-0.02-0.1-1": muon | {"normuon": "false", "matrix-weight-decay": "0.1"},
+        "both-0.02-0.1-1": muon | {"normuon": "true", "matrix-weight-decay": "0.1"},
     }
 
 
