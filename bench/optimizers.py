@@ -82,9 +82,13 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "model-tag": run.tag,
         "run": run.tag,
     }
-    flags |= {} if run.optimizer == "adamw" else {"normuon": str(run.optimizer in ("normuon", "both")).lower()}
-    flags |= {"matrix-weight-decay": run.decay} if run.decay else {}
-    command = [sys.executable, str(ROOT / "scripts/train.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    if run.optimizer != "adamw":
+        flags |= {"normuon": run.optimizer in ("normuon", "both"), "matrix-weight-decay": run.decay}
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/train.py"),
+        *(f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in flags.items()),
+    ]
     environment = os.environ | {"VIBECHAT_BASE_DIR": str(base)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:

@@ -75,8 +75,8 @@ def test_a_run_is_told_its_optimizer_and_nothing_of_the_options_of_others(
     muon = {"matrix-optimizer": "muon", "matrix-lr": "0.02"}
     assert said == {
         **{run.tag: {"matrix-optimizer": "adamw", "matrix-lr": f"{run.matrix_lr}"} for run in swept},
-        "muon-0.02-1": muon | {"normuon": "false"},
-        "normuon-0.02-1": muon | {"normuon": "true"},
+        "muon-0.02-1": muon | {"normuon": "false", "matrix-weight-decay": "0.0"},
+        "normuon-0.02-1": muon | {"normuon": "true", "matrix-weight-decay": "0.0"},
         "cautious-0.02-0.1-1": muon | {"normuon": "false", "matrix-weight-decay": "0.1"},
         "both-0.02-0.1-1": muon | {"normuon": "true", "matrix-weight-decay": "0.1"},
     }

@@ -317,6 +317,20 @@ def test_what_an_older_version_recorded_beside_adamw_and_did_nothing_with_is_dro
     assert settle(Config(resume="auto"), gpu=False, before=with_muon).normuon
 
 
+def test_muons_options_are_on_but_in_checkpoints_that_were_trained_without() -> None:
+    def of_muon(config: Config, before: dict[str, object] | None = None) -> tuple[object, object]:
+        settled = settle(config, gpu=False, before=before)
+        return settled.normuon, settled.matrix_weight_decay
+
+    assert of_muon(Config()) == (True, 0.1)
+    assert of_muon(Config(normuon=False, matrix_weight_decay=0.0)) == (False, 0.0)
+    assert of_muon(Config(**ADAMW)) == (False, 0.0)
+    recorded = vars(settle(Config(), gpu=False, before=None))
+    assert of_muon(Config(resume="auto"), recorded) == (True, 0.1)
+    older = {name: value for name, value in recorded.items() if name not in ("normuon", "matrix_weight_decay")}
+    assert of_muon(Config(resume="auto"), older) == (False, 0.0)
+
+
 def test_demo_gives_way_to_what_was_said() -> None:
     assert with_demo(Config()) == Config()
     demo = with_demo(Config(demo=True))

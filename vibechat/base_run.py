@@ -218,8 +218,8 @@ class BaseRun:
         optimizers = self.model.setup_optimizers(
             **self._rates(),
             matrix_optimizer=settings.matrix_optimizer,
-            matrix_weight_decay=settings.matrix_weight_decay,
-            normuon=settings.normuon,
+            matrix_weight_decay=settings.matrix_weight_decay or 0.0,
+            normuon=bool(settings.normuon),
         )
         self.optimizers = cast(list[TrainingOptimizer], optimizers)
         if self.start.meta is not None:

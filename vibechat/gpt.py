@@ -334,8 +334,8 @@ class GPT(nn.Module):
         weight_decay: float = 0.0,
         *,
         matrix_optimizer: str = "muon",
-        matrix_weight_decay: float = 0.0,
-        normuon: bool = False,
+        matrix_weight_decay: float = 0.1,
+        normuon: bool = True,
     ) -> list[DistAdamW | Muon]:
         """[AdamW for embedding and head, Muon for the matrices of the blocks], or one AdamW for all.
 
@@ -346,17 +346,16 @@ class GPT(nn.Module):
             embedding_lr: rate of the token embedding.
             matrix_lr: rate of the matrices of the blocks, as it is.
             weight_decay: of AdamW.
-            matrix_optimizer: "muon", or "adamw" with the usual betas of (0.9, 0.95), which wants a far smaller rate.
+            matrix_optimizer: "muon", or "adamw" with the usual betas of (0.9, 0.95), which wants a far smaller rate and
+                does without the two below.
             matrix_weight_decay: of Muon, cautious.
             normuon: Muon with rows of one running size.
 
         Raises:
-            ValueError: for another optimizer, or what only Muon takes without it.
+            ValueError: for another optimizer.
         """
         if matrix_optimizer not in MATRIX_OPTIMIZERS:
             raise ValueError(f"{matrix_optimizer!r} optimizes no matrices; one of {', '.join(MATRIX_OPTIMIZERS)}")
-        if matrix_optimizer != "muon" and (matrix_weight_decay or normuon):
-            raise ValueError(f"matrix_weight_decay and normuon are Muon's, and matrix_optimizer={matrix_optimizer!r}")
         scale = (self.config.n_embd / 768) ** -0.5
         matrices = list(self.transformer.h.parameters())
         groups: list[dict[str, Any]] = [

@@ -46,10 +46,10 @@ class Config:
     """optimizer of the matrices; adamw needs a --matrix-lr of its own, some 0.003"""
     weight_decay: float | None = None
     """weight decay of AdamW"""
-    matrix_weight_decay: float = 0.0
-    """weight decay of Muon, where its update makes a weight smaller anyway"""
-    normuon: bool = False
-    """Muon with every row of an update at the same running size"""
+    matrix_weight_decay: float | None = None
+    """weight decay of Muon, where its update makes a weight smaller anyway (0.1)"""
+    normuon: bool | None = None
+    """Muon with every row of an update at the same running size (on)"""
     grad_clip: float = 0.0
     """largest gradient norm; 0 clips nothing"""
     seed: int = 42
@@ -120,8 +120,8 @@ class Config:
             raise ValueError(f"--matrix-optimizer adamw: leave out {' and '.join(of_muon)}, which Muon alone has")
 
 
-# What --matrix-optimizer adamw does nothing with.
-OF_MUON = ("normuon", "matrix_weight_decay")
+# What --matrix-optimizer adamw does without, and so did every version that does not mention it in a checkpoint.
+OF_MUON: dict[str, Any] = {"normuon": False, "matrix_weight_decay": 0.0}
 # What a number must be at least.
 SMALLEST: dict[str, int] = {
     **dict.fromkeys(("depth", "max_seq_len", "device_batch_size", "total_batch_size", "eval_tokens"), 1),
@@ -142,6 +142,8 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "sample_every": (500, 500),
     "save_every": (250, 250),
     "keep": (2, 2),
+    "matrix_weight_decay": (0.1, 0.1),
+    "normuon": (True, True),
     "compile": (True, True),
     "deterministic": (False, True),
 }
@@ -206,7 +208,7 @@ def settle(config: Config, *, gpu: bool, before: dict[str, Any] | None) -> Confi
     for name, said in values.items():
         unsaid = said == plain[name]
         if before is not None and name not in OF_THIS_PROCESS:
-            trained_with = before.get(name, plain[name])  # a checkpoint older than a flag has its default
+            trained_with = before.get(name, OF_MUON.get(name, plain[name]))  # older than a flag: its default
             if name in IDENTITY and not unsaid and said not in (trained_with, "auto"):
                 raise UserError(
                     f"--{name.replace('_', '-')} {said}: the checkpoint was trained with {trained_with}; "
@@ -215,8 +217,8 @@ def settle(config: Config, *, gpu: bool, before: dict[str, Any] | None) -> Confi
             values[name] = trained_with if unsaid or name in IDENTITY else said
         elif said is None and name in DEFAULTS:
             values[name] = DEFAULTS[name][0 if gpu else 1]
-    if before is not None and values["matrix_optimizer"] == "adamw":
-        values |= {name: plain[name] for name in OF_MUON}  # as older versions, which let them stand, trained
+    if values["matrix_optimizer"] == "adamw":
+        values |= OF_MUON  # some versions recorded others beside it, with which they did nothing
     other_length = config.target_flops > 0 or (config.target_param_data_ratio or -1) > 0
     if before is None and config.num_iterations is None and other_length:
         values["num_iterations"] = -1
