@@ -77,6 +77,40 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     assert not torch.isfinite(torch.autograd.grad(fp8_linear(clean, w), clean, dy)[0]).all()
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_with_a_bound_nobody_looks_for_the_maximum(bad: float) -> None:
+    x = randn(8, 16)
+    x8, scale = quantize(x, E4M3, torch.tensor(7.0 * 448))
+    assert scale == 8
+    assert torch.equal(x8.float(), (x.float() / 8).to(E4M3).float())
+    x[2, 3] = bad
+    assert quantize(x, E4M3, torch.tensor(9.0))[0].float().isnan().sum() == 1
+
+
+def test_no_output_of_attention_exceeds_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where a row of the input is the row of w_v of the largest norm; and the bound is no more than 16 times it."""
+    seen: list[tuple[float, float]] = []
+    real = fp8.quantize
+
+    def look(x: Tensor, dtype: torch.dtype, bound: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if bound is not None:
+            seen.append((x.abs().amax().item(), bound.item()))
+        return real(x, dtype, bound)
+
+    monkeypatch.setattr(fp8, "quantize", look)
+    trained = model(on=True)
+    trained(*rows())
+    attention = next(trained.blocks()).attn
+    x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1))
+    w_v = attention.c_v.weight.detach()
+    x[0, 0] = w_v[w_v.norm(dim=1).argmax()]
+    x = torch.nn.functional.rms_norm(x, (64,)).bfloat16()
+    attention(x, trained.cos[:16], trained.sin[:16], None)
+    assert len(seen) == CONFIG.n_layer + 1
+    assert all(largest < bound < 16 * largest for largest, bound in seen)
+    assert seen[-1][0] > 0.7 * seen[-1][1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the matmul
 
@@ -196,7 +230,9 @@ def test_gradients_of_every_parameter_are_those_of_bfloat16_but_for_rounding() -
 def test_head_embedding_and_masters_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     real = fp8._Fp8Matmul.apply
-    monkeypatch.setattr(fp8._Fp8Matmul, "apply", lambda x, w, *rest: seen.append(tuple(w.shape)) or real(x, w, *rest))
+    monkeypatch.setattr(
+        fp8._Fp8Matmul, "apply", lambda x, b, w, *rest: seen.append(tuple(w.shape)) or real(x, b, w, *rest)
+    )
     trained = model(on=True)
     trained(*rows()).backward()
     assert seen == [(128, 64), (64, 64), (256, 64), (64, 256)] * CONFIG.n_layer

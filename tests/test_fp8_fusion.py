@@ -67,17 +67,17 @@ def where_maxima_are_found(kernels: list[Kernel]) -> list[str]:
 @pytest.mark.parametrize(
     ("ours", "forward", "backward"),
     [
-        ((), [MADE, ALONE, MADE, AGAIN], [MADE, AGAIN, MADE, MADE]),
-        (("qk_norm_rope",), [MADE, ALONE, MADE, AGAIN], [MADE, AGAIN, MADE, AGAIN]),
-        (("qk_norm_rope", *NORMS), [ALONE, ALONE, ALONE, AGAIN], [ALONE, AGAIN, ALONE, AGAIN]),
+        ((), [MADE, MADE, AGAIN], [MADE, AGAIN, MADE, MADE]),
+        (("qk_norm_rope",), [MADE, MADE, AGAIN], [MADE, AGAIN, MADE, AGAIN]),
+        (("qk_norm_rope", *NORMS), [ALONE, ALONE, AGAIN], [ALONE, AGAIN, ALONE, AGAIN]),
     ],
     ids=["no kernel of ours", "as trained", "all of ours"],
 )
-def test_only_the_output_of_attention_is_read_for_its_maximum(
+def test_nothing_is_read_for_its_maximum_alone(
     ours: tuple[str, ...], forward: list[str], backward: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward the inputs of qkv, of attention's projection and of both matrices of the MLP; backward the gradients of
-    the products of the same, the last first. Kernels of norms would make it four more, and are therefore left out."""
+    """Forward the inputs of qkv and of both matrices of the MLP (that of attention's projection is bounded); backward
+    the gradients of all four products, the last first. Behind kernels of norms four would be, which are left out."""
     there, back = passes(monkeypatch, ours=ours)
     assert where_maxima_are_found(there) == forward
     assert where_maxima_are_found(back) == backward

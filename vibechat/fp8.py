@@ -19,7 +19,8 @@ Where max |t| of the others is found, as torch.compile plans it for an H200 (tes
     forward     what a norm gives to qkv and to the MLP     in the pass that norms
                 relu^2                                      from the product that it is of, which rounding reads again:
                                                             in 16 bits it is never written
-                output of attention                         read for it alone: a kernel of somebody else's wrote it
+                output of attention                         nowhere: it is bounded (`bound_of_attention`), because a
+                                                            kernel of somebody else's writes it
     backward    gradients of both projections' products     in the backward pass of the norm that follows
                 gradient of the hidden layer's product      as relu^2
                 gradients of q, k and v                     in the pass that packs them; behind our kernel of QK-norm
@@ -63,14 +64,29 @@ def fp8_obstacle(device: torch.device | str, dtype: torch.dtype = torch.bfloat16
     return None if dtype == torch.bfloat16 else f"it needs bfloat16 around it, not {str(dtype).removeprefix('torch.')}"
 
 
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, dtype: torch.dtype, bound: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(x8, scale) with x = x8 scale but for rounding: x8 in the fp8 `dtype`, scale a power of two, float32, ().
 
-    What is not finite stays so: an infinity, or NaN, becomes NaN.
+    What is not finite stays so: an infinity, or NaN, becomes NaN. Where a `bound` of |x| is known, float32, (), nobody
+    looks for the maximum; each binade that it is too large costs one at the small end, of 14 in e4m3.
     """
     largest = torch.finfo(dtype).max
-    scale = _scale_of(x.abs().amax(-1).amax().float(), dtype)
-    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+    scale = _scale_of(x.abs().amax(-1).amax().float() if bound is None else bound, dtype)
+    scaled = x.float() / scale
+    if bound is not None:
+        scaled = torch.where(scaled.isinf(), torch.nan, scaled)
+    return scaled.clamp(-largest, largest).to(dtype), scale
+
+
+@torch.no_grad()
+def bound_of_attention(w_v: Tensor) -> Tensor:
+    """What no output of attention exceeds, float32, (), for values w_v x of rows x of root mean square 1.
+
+    Attention averages values, and |w_v x| is at most |x| = sqrt(C) times the largest norm of a row of w_v (K D, C).
+    Rounding x and w_v to e4m3 adds a sixteenth each, which 1.25 covers. The largest of many such products is some six
+    standard deviations, so that for C = 1664 the bound is seven times too large: three binades.
+    """
+    return 1.25 * w_v.size(1) ** 0.5 * w_v.float().square().sum(1).amax().sqrt()
 
 
 def _scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,29 +138,32 @@ class _Fp8Matmul(torch.autograd.Function):
     """x w^T for x (N, C) and w (F, C), whose gradient goes to w, and whose values are those of its rounding."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, w8: Tensor, w8_t: Tensor, w_scale: Tensor) -> Tensor:
-        x8, x_scale = quantize(x, E4M3)
+    def forward(
+        ctx: Any, x: Tensor, bound: Tensor | None, w: Tensor, w8: Tensor, w8_t: Tensor, w_scale: Tensor
+    ) -> Tensor:
+        x8, x_scale = quantize(x, E4M3, bound)
         ctx.save_for_backward(x8, x_scale, w8_t, w_scale)
         ctx.dtypes = x.dtype, w.dtype
         return _matmul(x8, w8.t(), x_scale, w_scale, x.dtype, fast=True)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
         x8, x_scale, w8_t, w_scale = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
         dy8, dy_scale = quantize(dy, E5M2)
         dx = _matmul(dy8, w8_t.t(), dy_scale, w_scale, x_dtype, fast=False)
         dw = _matmul(dy8.t().contiguous(), x8.t().contiguous().t(), dy_scale, x_scale, w_dtype, fast=False)
-        return dx, dw, None, None, None
+        return dx, None, dw, None, None, None
 
 
-def fp8_linear(x: Tensor, w: Tensor, rounded: Fp8Weight | None = None) -> Tensor:
+def fp8_linear(x: Tensor, w: Tensor, rounded: Fp8Weight | None = None, bound: Tensor | None = None) -> Tensor:
     """x w^T in fp8 where gradients are recorded, else as it is.
 
     Args:
         x: (..., C), bfloat16 (on a CPU any float dtype).
         w: (F, C), x's dtype or wider (fp32 masters).
         rounded: what `round_weights` made of w; None rounds it here.
+        bound: what no |x| exceeds, float32, (); None looks for the largest.
 
     Returns:
         (..., F) in x's dtype.
@@ -163,7 +182,7 @@ def fp8_linear(x: Tensor, w: Tensor, rounded: Fp8Weight | None = None) -> Tensor
     if rounded is None:
         rounded = Fp8Weight.like(w)
         round_weights([w], [rounded])
-    return _Fp8Matmul.apply(flat, w, *rounded).view(*x.shape[:-1], w.size(0))
+    return _Fp8Matmul.apply(flat, bound, w, *rounded).view(*x.shape[:-1], w.size(0))
 
 
 class Fp8Linear(torch.nn.Module):
@@ -182,8 +201,8 @@ class Fp8Linear(torch.nn.Module):
         for name in Fp8Weight._fields:
             self.register_buffer(name, None, persistent=False)
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, bound: Tensor | None = None) -> Tensor:
         """x w^T, see `fp8_linear`."""
         if self.w8 is None or self.w8_t is None or self.scale is None:
-            return fp8_linear(x, w)
-        return fp8_linear(x, w, Fp8Weight(self.w8, self.w8_t, self.scale))
+            return fp8_linear(x, w, bound=bound)
+        return fp8_linear(x, w, Fp8Weight(self.w8, self.w8_t, self.scale), bound)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vibechat.adamw import DistAdamW
 from vibechat.attention import attend
 from vibechat.common import compute_dtype
-from vibechat.fp8 import MULTIPLE, Fp8Linear
+from vibechat.fp8 import MULTIPLE, Fp8Linear, bound_of_attention
 from vibechat.kernels import add_rms_norm, linear_cross_entropy, qk_norm_rope, relu2_mlp, rms_norm, rotary_tables
 from vibechat.muon import Muon
 
@@ -104,7 +104,10 @@ class Attention(nn.Module):
             k, v = kv_cache.insert_kv(self.layer_idx, k.transpose(1, 2), v.transpose(1, 2))
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         y = attend(q, k, v).reshape(B, T, C)
-        return (self.fp8_proj or F.linear)(y, self.c_proj.weight.to(x.dtype))
+        w_proj = self.c_proj.weight.to(x.dtype)
+        if self.fp8_proj is None or not torch.is_grad_enabled():
+            return F.linear(y, w_proj)
+        return self.fp8_proj(y, w_proj, bound_of_attention(w_qkv[-v.size(2) * self.head_dim :]))
 
 
 class MLP(nn.Module):
