@@ -5,7 +5,7 @@ ratio is the median over rounds of (with / without). What a step keeps is counte
 tensors, parameters and copies of weights apart, that autograd has when the forward pass of a micro-batch ends.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -14,12 +14,10 @@ from bench import turns
 from vibechat.train_step import MicroBatch, TrainStep
 
 
-def kept_bytes(step: TrainStep, batch: MicroBatch) -> int:
-    """Bytes that the forward pass of a micro-batch keeps for its backward. Leaves no gradient behind."""
-    weights = step._cast_weights(2)
-    apart = (*step.model.parameters(), *step.model.buffers(), *weights.values(), *batch)
+def saved_bytes(forward: Callable[[], Tensor], apart: Iterable[Tensor]) -> int:
+    """Bytes of the distinct tensors that `forward` keeps for its backward, those of `apart` not counted."""
     known = {tensor.untyped_storage()._cdata for tensor in apart}
-    kept: dict[int, Any] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -28,10 +26,16 @@ def kept_bytes(step: TrainStep, batch: MicroBatch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step._loss_sum(*batch, weights)
-    found = sum(storage.nbytes() for storage in kept.values())
-    del loss
-    return found
+        loss = forward()
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def kept_bytes(step: TrainStep, batch: MicroBatch) -> int:
+    """Bytes that the forward pass of a micro-batch keeps for its backward. Leaves no gradient behind."""
+    weights = step._cast_weights(2)
+    apart = (*step.model.parameters(), *step.model.buffers(), *weights.values(), *batch)
+    return saved_bytes(lambda: step._loss_sum(*batch, weights), apart)
 
 
 def main(argv: list[str] | None = None) -> int:

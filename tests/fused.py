@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
@@ -25,7 +26,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from vibechat.kernels.language import triton
+
 TORCH = (2, 11)  # whose Inductor this drives
+NEEDS_THIS_INDUCTOR = [  # what a module that asks it is marked with
+    pytest.mark.skipif(triton is None, reason="Triton is not installed"),
+    pytest.mark.skipif(
+        tuple(map(int, torch.__version__.split(".")[:2])) != TORCH, reason="asks the Inductor of another version"
+    ),
+]
 CUDA = torch.device("cuda", 0)
 H200 = SimpleNamespace(
     name="NVIDIA H200",
@@ -61,6 +70,12 @@ Kernel = tuple[Node, ...]  # what is joined
 
 class _Scheduled(Exception):
     """What the scheduler decided is known."""
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention on (B, T, H, D), as a GPU would call it."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)[0].transpose(1, 2)
 
 
 def kernels_of(call: Callable[[], object]) -> list[list[Kernel]]:

@@ -7,20 +7,13 @@ import torch
 from torch._inductor import lowering
 from torch._inductor.exc import OperatorIssue
 
-from tests.fused import TORCH, kernels_of
-from tests.test_fp8_fusion import cudnn
+from tests.fused import NEEDS_THIS_INDUCTOR, cudnn, kernels_of
 from vibechat import gpt
 from vibechat.gpt import GPT, GPTConfig
 from vibechat.kernels import OPS, backend
-from vibechat.kernels.language import triton
 from vibechat.train_step import TrainStep
 
-pytestmark = [
-    pytest.mark.skipif(triton is None, reason="Triton is not installed"),
-    pytest.mark.skipif(
-        tuple(map(int, torch.__version__.split(".")[:2])) != TORCH, reason="asks the Inductor of another version"
-    ),
-]
+pytestmark = NEEDS_THIS_INDUCTOR
 
 
 def test_inductor_knows_our_ops_before_it_meets_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,30 +5,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fused import TORCH, Kernel, kernels_of
+from tests.fused import NEEDS_THIS_INDUCTOR, Kernel, cudnn, kernels_of
 from vibechat import fp8, gpt
 from vibechat.fp8 import LEFT_TO_COMPILER
 from vibechat.gpt import GPT, GPTConfig
 from vibechat.kernels import backend
-from vibechat.kernels.language import triton
 from vibechat.train_step import TrainStep
 
-pytestmark = [
-    pytest.mark.skipif(triton is None, reason="Triton is not installed"),
-    pytest.mark.skipif(
-        tuple(map(int, torch.__version__.split(".")[:2])) != TORCH, reason="asks the Inductor of another version"
-    ),
-]
+pytestmark = NEEDS_THIS_INDUCTOR
 ROWS, LENGTH = 16, 2048
 CONFIG = GPTConfig(LENGTH, 256, 1, 13, 13, 1664)
 NORMS = tuple(LEFT_TO_COMPILER)
 
 MADE, AGAIN, ALONE = "in the pass that makes it", "in a pass that computes it from what it is made of", "read for it"
-
-
-def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)[0].transpose(1, 2)
 
 
 def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, fast: bool) -> Tensor:

@@ -3,20 +3,14 @@
 import pytest
 import torch
 
-from tests.fused import TORCH, kernels_of
-from tests.test_fp8_fusion import LENGTH, ROWS, cudnn
+from tests.fused import NEEDS_THIS_INDUCTOR, cudnn, kernels_of
+from tests.test_fp8_fusion import LENGTH, ROWS
 from vibechat import gpt
 from vibechat.gpt import GPT, GPTConfig
 from vibechat.kernels import backend
-from vibechat.kernels.language import triton
 from vibechat.train_step import TrainStep
 
-pytestmark = [
-    pytest.mark.skipif(triton is None, reason="Triton is not installed"),
-    pytest.mark.skipif(
-        tuple(map(int, torch.__version__.split(".")[:2])) != TORCH, reason="asks the Inductor of another version"
-    ),
-]
+pytestmark = NEEDS_THIS_INDUCTOR
 
 
 def test_a_layer_is_13_kernels_forward_and_18_backward(monkeypatch: pytest.MonkeyPatch) -> None:

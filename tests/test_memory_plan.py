@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.checkpointing import saved_bytes
 from vibechat import attention
 from vibechat.gpt import GPT, GPTConfig
 from vibechat.kernels import OPS
@@ -40,19 +41,7 @@ def kept_bytes(run: Callable[[GPT, Tensor], Tensor], layers: int, device: str, *
     model.set_compute_dtype(torch.bfloat16)
     model.activation_checkpointing = checkpointing
     ids = torch.zeros(16, 64, dtype=torch.long, device=device)
-    known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), model.cos, model.sin, ids)}
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run(model, ids)
-    assert loss.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
+    return saved_bytes(lambda: run(model, ids), (*model.parameters(), model.cos, model.sin, ids))
 
 
 def of_a_layer(

@@ -26,10 +26,15 @@ def state_bytes(step: TrainStep) -> int:
     return sum(value.numel() * value.element_size() for value in states if isinstance(value, torch.Tensor))
 
 
+def _form(model: GPT, step: TrainStep) -> str:
+    fp8 = bool(model.fp8_weights())
+    return form_of(compiled=step.compiled, device=model.get_device(), dtype=model.compute_dtype, fp8=fp8)
+
+
 def plan_of(model: GPT, step: TrainStep, rows: int) -> MemoryPlan:
     """The memory plan of a step of this model, as it is compiled and with the kernels that run, at `rows` rows."""
     device = model.get_device()
-    form = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype, fp8=bool(model.fp8_weights()))
+    form = _form(model, step)
     return memory_plan(
         model.config,
         rows,
@@ -44,7 +49,7 @@ def plan_of(model: GPT, step: TrainStep, rows: int) -> MemoryPlan:
 def predicted_micro_batch(model: GPT, step: TrainStep, rows: int, free: int | None) -> int:
     """The largest power of two of rows, at least 1 and at most `rows`, whose plan `free` more bytes make room for."""
     device = model.get_device()
-    form = form_of(compiled=step.compiled, device=device, dtype=model.compute_dtype, fp8=bool(model.fp8_weights()))
+    form = _form(model, step)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     return largest_planned(
         model.config,

@@ -208,7 +208,7 @@ def settle(config: Config, *, gpu: bool, before: dict[str, Any] | None) -> Confi
     for name, said in values.items():
         unsaid = said == plain[name]
         if before is not None and name not in OF_THIS_PROCESS:
-            trained_with = before.get(name, OF_MUON.get(name, plain[name]))  # older than a flag: its default
+            trained_with = before.get(name, OF_MUON.get(name, plain[name]))  # if it is older than a flag
             if name in IDENTITY and not unsaid and said not in (trained_with, "auto"):
                 raise UserError(
                     f"--{name.replace('_', '-')} {said}: the checkpoint was trained with {trained_with}; "
